@@ -1,0 +1,169 @@
+#!/usr/bin/env bash
+# Swap script for Jano: one model server at a time, as a plain process with a log and a pid file.
+#
+#   swap.sh NAME      stop the other servers, wait until they are gone, start NAME's; exit 0.
+#                     NAME is loaded already: exit 0 at once. Jano waits until it answers, not we.
+#   swap.sh status    print "NAME: loaded" for the server that runs
+#   swap.sh unload    stop it
+#
+# Exit 0 means done; anything else comes with a line on stderr. Calls may overlap, be repeated, or
+# be killed half-way: the next one puts things right. Needs bash 3.2 and ps; for Linux and macOS.
+
+set -u
+
+# Your models: the name in models.json, then its server's command. The command must stay in the
+# foreground: no `&`, no daemon mode. `env CUDA_VISIBLE_DEVICES=1 some-server …` works as well.
+table() {
+  model chat llama-server -m "$HOME/models/chat.gguf" --port 8081
+  model code llama-server -m "$HOME/models/code.gguf" --port 8080
+}
+
+grace=10   # seconds between asking a server to stop and killing it
+
+# Here are NAME.pid, NAME.log and NAME.log.1, in a folder for each group of models: a swap stops the
+# servers of its own group only. By hand, for another one than default: JANO_GROUP=gpu1 ./swap.sh …
+dir=${SWAP_STATE_DIR:-${XDG_STATE_HOME:-$HOME/.local/state}/jano}/${JANO_GROUP:-default}
+
+PATH=$PATH:/usr/sbin:$HOME/.local/bin:/usr/local/bin:/opt/homebrew/bin   # cron's is very short
+
+die() { echo "${0##*/}: $*" >&2; exit 1; }
+file() { echo "$dir/${1//\//_}.$2"; }   # names like org/model are fine
+
+# --- Plain processes: start, stop, loaded. Others to put in their place are at the end of the file.
+
+start() {
+  local log last; log=$(file "$1" log)
+  mv -f "$log" "$log.1" 2>/dev/null
+  set -m      # job control gives the server a process group of its own: it outlives us and jano
+  (record "$1" && exec 9>&- && exec "${cmd[@]}") </dev/null >>"$log" 2>&1 &
+  set +m
+  disown      # or bash reports a crash in words of its own
+  for _ in 1 2 3 4 5; do
+    sleep 0.1
+    living $! $! && continue
+    stop "$1"
+    last=$(tail -n 1 "$log")
+    die "\"$1\" exited at once: ${last:-no output} (log: $log)"
+  done
+}
+
+stop() {
+  if recorded "$1"; then
+    kill -TERM -- "-$pid" 2>/dev/null
+    if ! gone_within "$grace"; then
+      kill -KILL -- "-$pid" 2>/dev/null     # vLLM with an open stream ignores TERM
+      gone_within 30 || die "\"$1\" (process group $pid) does not stop"
+    fi
+  fi
+  rm -f "$(file "$1" pid)"
+}
+
+loaded() { recorded "$1" && living "$pid" "$pid"; }
+
+# Runs in the child, before it becomes the server: no server ever runs without its pid file, nor is
+# the lock (fd 9) free before that is written, even if we are killed.
+record() {
+  local self
+  self=$(exec sh -c 'echo $PPID')           # bash 3.2 has no BASHPID
+  printf '%s\n' "$self" "$(boot_id)" "$(born "$self")" >"$(file "$1" pid)"
+}
+
+# Sets pid to the process, and group, that start recorded; false if the number is somebody else's
+# by now. A leader that died leaves its number to nobody while its group, with the memory, lives.
+recorded() {
+  local boot since now
+  [ -s "$(file "$1" pid)" ] || return 1
+  { read -r pid; read -r boot; read -r since; } <"$(file "$1" pid)"
+  [ "$pid" -gt 1 ] 2>/dev/null || return 1
+  [ "$boot" = "$(boot_id)" ] || return 1
+  now=$(born "$pid")
+  [ -z "$now" ] || [ "$now" = "$since" ]
+}
+
+boot_id() { cat /proc/sys/kernel/random/boot_id 2>/dev/null || sysctl -n kern.bootsessionuuid; }
+
+born() {      # when process $1 started; Linux's lstart moves when the clock is set, ticks do not
+  if [ -r /proc/self/stat ]; then sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | cut -d ' ' -f 20
+  else LC_ALL=C TZ=UTC0 ps -o lstart= -p "$1" | tr -d ' '; fi
+}
+
+# Is there a process $1 (a pattern) of group $2 that holds memory? A zombie does not, unless other
+# threads of it are still on their way out (Zl).
+living() {
+  local all; all=$(ps -A -o pid= -o pgid= -o stat=) || die "ps failed"
+  grep -Eq "^ *$1 +$2 +([^Z ]|Z[^ ]*l)" <<<"$all"
+}
+
+gone_within() {
+  local deadline=$((SECONDS + $1))
+  while living '[0-9]+' "$pid"; do
+    [ "$SECONDS" -lt "$deadline" ] || return 1
+    sleep 0.1
+  done
+}
+
+# --- The contract, whatever the servers are.
+
+models=() known='' cmd=()
+model() {
+  models+=("$1")
+  if [ "$1" = "$wanted" ]; then known=yes cmd=("${@:2}"); fi
+}
+
+lock() {      # one call at a time; the kernel drops the lock when its holder dies, however it dies
+  exec 9>"$dir/lock"
+  if command -v flock >/dev/null; then flock 9; else
+    perl -e 'open(L, ">&=9") && flock(L, 2) or die "$!\n"'      # macOS has no flock
+  fi || die "cannot lock $dir/lock"
+}
+
+[ $# -eq 1 ] || die "usage: ${0##*/} NAME | status | unload"
+wanted=$1
+table
+(umask 077 && mkdir -p "$dir") || exit 1
+ps -A -o pid= -o pgid= -o stat= >/dev/null || die "needs a ps that knows -A and -o (procps)"
+
+case $wanted in
+  status)
+    for name in "${models[@]}"; do if loaded "$name"; then echo "$name: loaded"; fi; done ;;
+  unload)
+    lock
+    for name in "${models[@]}"; do stop "$name"; done ;;
+  *)
+    [ "$known" ] || die "unknown model \"$wanted\"; its table has: ${models[*]}"
+    [ -z "${cmd[*]-}" ] || command -v "${cmd[0]}" >/dev/null ||
+      die "\"$wanted\": command not found: ${cmd[0]}"
+    lock
+    for name in "${models[@]}"; do [ "$name" = "$wanted" ] || stop "$name"; done
+    loaded "$wanted" && exit 0
+    stop "$wanted"      # what is left of it, should its leader have died
+    start "$wanted" ;;
+esac
+exit 0
+
+# --- Other kinds of server. Put one of these blocks in place of start, stop and loaded (record and
+# what follows it are then unused); the rows of the table need no command any more: `model chat`.
+# With several groups, let the table list the models of $JANO_GROUP alone.
+#
+# systemd: a user unit a model, llm-chat.service and so on, with Type=exec
+#   start()  { systemctl --user start "llm-$1" || die "llm-$1 does not start"; }
+#   stop()   { systemctl --user stop "llm-$1" || die "llm-$1 does not stop"; }
+#   loaded() { systemctl --user --quiet is-active "llm-$1"; }
+#
+# launchd: llm.chat.plist and so on with RunAtLoad, not in LaunchAgents: they would start at login
+#   start()  { launchctl bootstrap "gui/$UID" "$HOME/models/llm.$1.plist" || exit 1; }
+#   stop()   { launchctl bootout "gui/$UID/llm.$1" 2>/dev/null
+#              while job "$1" >/dev/null; do sleep 0.1; done; }
+#   loaded() { job "$1" | grep -q 'state = running'; }
+#   job()    { launchctl print "gui/$UID/llm.$1" 2>/dev/null; }
+#
+# docker: `docker create --name llm-chat …` once for each model (Compose: contrib/)
+#   start()  { docker start "llm-$1" >/dev/null || exit 1; }
+#   stop()   { docker stop -t "$grace" "llm-$1" >/dev/null || exit 1; }
+#   loaded() { [ "$(docker inspect -f '{{.State.Running}}' "llm-$1")" = true ]; }
+#
+# vLLM asleep: all servers stay up, one awake (contrib/swap.vllm-sleep.sh tells how and checks more)
+#   url()    { case $1 in chat) echo 127.0.0.1:8081 ;; code) echo 127.0.0.1:8080 ;; esac; }
+#   start()  { curl -fsS -m 60 -X POST "$(url "$1")/wake_up" || exit 1; }
+#   stop()   { ! loaded "$1" || curl -fsS -m 60 -X POST "$(url "$1")/sleep?level=1" || exit 1; }
+#   loaded() { curl -fsS -m 4 "$(url "$1")/is_sleeping" | grep -q false; }
