@@ -51,6 +51,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from bisect import bisect_left
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
@@ -136,8 +137,8 @@ def is_texts(value: object) -> bool:
 
 def is_url(value: object) -> bool:
     try:
-        return (isinstance(value, str) and urlsplit(value).port != 0
-                and bool(re.fullmatch(r"https?://[^\s/?#@\\][^\s?#@\\]*", value)))
+        return (isinstance(value, str) and bool(re.fullmatch(r"https?://[^\s?#@\\]+", value))
+                and urlsplit(value).port != 0 and bool(urlsplit(value).hostname))
     except ValueError:  # a port out of range, half an IPv6 address
         return False
 
@@ -183,7 +184,7 @@ def load_settings(environ: Mapping[str, str], directory: Path) -> Settings:
                if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+", origin)]
     if faults:
         raise ConfigError("\n".join(faults))
-    values["MODELS_FILE"] = str(directory / Path(values["MODELS_FILE"]).expanduser())
+    values["MODELS_FILE"] = str(directory / os.path.expanduser(values["MODELS_FILE"]))
     return Settings(**{name.lower(): value for name, value in values.items()})
 
 
@@ -191,7 +192,7 @@ def read_dotenv(path: Path, faults: list[str]) -> dict[str, str]:
     """Its KEY=value lines; quotes around a value, and `export` before a key, are dropped."""
     values: dict[str, str] = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = path.read_text(encoding="utf-8-sig").splitlines() if path.exists() else []
     except (OSError, ValueError) as error:
         faults.append(f".env: found what cannot be read ({why(error)}), expected KEY=value lines")
         return values
@@ -202,7 +203,7 @@ def read_dotenv(path: Path, faults: list[str]) -> dict[str, str]:
         if not equals or name not in DEFAULTS:
             faults.append(f".env: line {number}: found {shown(name)}, expected KEY=value with a KEY"
                           f" out of {', '.join(DEFAULTS)}")
-        quoted = re.fullmatch(r"""(["'])(.*)\1(\s+#.*)?""", value)
+        quoted = re.fullmatch(r"""(["'])(.*?)\1(\s+#.*)?""", value)
         values[name] = quoted[2] if quoted else re.sub(r"(^|\s+)#.*", "", value)
     return values
 
@@ -210,13 +211,13 @@ def read_dotenv(path: Path, faults: list[str]) -> dict[str, str]:
 def find_command(command: str, directory: Path, faults: list[str]) -> tuple[str, ...]:
     """SWAP_COMMAND's argv: the path of a script (spaces and ~ allowed), or a command line."""
     argv, fault = [command], ""
-    if not (directory / Path(command).expanduser()).is_file():
+    if not os.path.isfile(directory / os.path.expanduser(command)):
         try:
             argv = shlex.split(command) or [""]
         except ValueError as error:
             fault = str(error)
-    path = directory / Path(argv[0]).expanduser()
-    argv[0] = str(path) if path.is_file() else shutil.which(argv[0]) or ""
+    path = str(directory / os.path.expanduser(argv[0]))
+    argv[0] = path if os.path.isfile(path) else shutil.which(argv[0]) or ""
     if not argv[0]:
         fault = fault or "which is no file"
     elif not os.access(argv[0], os.X_OK):
@@ -231,7 +232,7 @@ def load_models(settings: Settings) -> list[Model]:
     """The entries of MODELS_FILE, in its order. Raises ConfigError."""
     file = settings.models_file
     try:
-        registry = json.loads(Path(file).read_bytes())
+        registry = json.loads(Path(file).read_bytes(), parse_constant=int)  # refuses NaN
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: found {why(error)}, expected a JSON file") from None
     if not isinstance(registry, dict) or not isinstance(registry.get("models"), list):
@@ -469,15 +470,13 @@ class Worker(Schedule):
         ticket.turn = asyncio.get_running_loop().create_future()
         ticket.swapping -= self.swapped_so_far()  # its grant adds that of then
         self.add(ticket)
-        if self.admit() != Decision():  # the rest is for run()
-            self.changed.set()
+        self.advance()
         return ticket.turn
 
     def leave(self, ticket: Ticket) -> None:
         """The turn is over, or the client has left the queue."""
         self.remove(ticket, clock())
-        self.admit()
-        self.changed.set()
+        self.advance()
 
     def lost(self, ticket: Ticket) -> None:
         """The backend refused the connection, so its model is not loaded, whatever we thought."""
@@ -506,6 +505,11 @@ class Worker(Schedule):
     def swapped_so_far(self) -> float:
         return self.swap_seconds + (clock() - self.swap_started if self.swapping else 0.0)
 
+    def advance(self) -> None:
+        """After a change: grant what can be granted, and leave the rest to run()."""
+        if self.admit() != Decision() or self.settings.idle_unload_ms:
+            self.changed.set()
+
     async def run(self) -> None:
         """Decide, act, wait for a change; for ever."""
         async with self.lock:
@@ -516,11 +520,10 @@ class Worker(Schedule):
         while True:
             self.changed.clear()
             _, swap_to, until = self.admit()
-            idle_until, now = self.unload_at(), clock()
-            self.draining_since = (self.draining_since or now) if swap_to else None
+            idle_until = self.unload_at()
             if swap_to and not self.in_flight:
                 await self.swap(self.models[swap_to])
-            elif idle_until is not None and now >= idle_until:
+            elif idle_until is not None and clock() >= idle_until:
                 await self.unload_idle()
             else:
                 await self.wait_for_change(until or idle_until)
@@ -534,6 +537,7 @@ class Worker(Schedule):
             # to run and leave; a bare set_result would kill the worker.
             if ticket.turn and not ticket.turn.done():
                 ticket.turn.set_result(None)
+        self.draining_since = (self.draining_since or now) if decision.swap_to else None
         return decision
 
     async def wait_for_change(self, until: float | None) -> None:
@@ -771,7 +775,8 @@ class Call(Ticket):
 
     @property
     def running(self) -> bool:
-        return self.turn is None or self.turn.done()
+        worker = self.jano.worker_of(self.to)
+        return worker is None or self in worker.in_flight
 
 
 async def forward(call: Call) -> web.StreamResponse:
@@ -810,7 +815,7 @@ async def wait_for_turn(call: Call, turn: asyncio.Future[None]) -> None:
                 "Content-Type": "text/event-stream", "Cache-Control": "no-cache",
                 "X-Accel-Buffering": "no", "x-request-id": call.id})
             await call.response.prepare(call.request)
-        await send(call, b": waiting\n\n")
+        await call.response.write(b": waiting\n\n")
     await turn
 
 
@@ -840,20 +845,21 @@ async def open_upstream(call: Call) -> aiohttp.ClientResponse:
 class Relayed(web.StreamResponse):
     """A backend's answer; what aiohttp would add to the headers given is taken out again."""
 
-    def __init__(self, status: int, reason: str, headers: list[tuple[str, str]]) -> None:
-        super().__init__(status=status, reason=reason, headers=headers)
-        self.given = set(self.headers)
+    def __init__(self, upstream: aiohttp.ClientResponse) -> None:
+        super().__init__(status=upstream.status, reason=clean(upstream.reason or ""),
+                         headers=end_to_end(upstream.headers, set()))
+        self.given = {name.lower() for name in self.headers}
 
 
 async def relay(call: Call, upstream: aiohttp.ClientResponse) -> web.StreamResponse:
     """Pass the answer on as it comes; break the connection if the backend dies on the way."""
     response, status = call.response, upstream.status
     events = upstream.content_type == "text/event-stream"
+    counted = events or upstream.content_type.endswith("json")
     if status < 200 or (response is not None and not (upstream.ok and events)):
         raise await refusal(call, upstream)
     if response is None:
-        response = call.response = Relayed(
-            status, utf8(upstream.reason or ""), end_to_end(upstream.headers, set()))
+        response = call.response = Relayed(upstream)
         response.headers.setdefault("x-request-id", call.id)
         waited = (call.granted or 0) - call.arrived
         timing = f"queue;dur={ms(waited)}, swap;dur={ms(call.swapping)}"
@@ -863,27 +869,36 @@ async def relay(call: Call, upstream: aiohttp.ClientResponse) -> web.StreamRespo
     left = 0 if status in (204, 304) else response.content_length  # None: until the backend ends
     if left == 0:
         call.jano.settle(call, status)
+    # What has come along with the headers goes out along with them, in one packet.
+    chunk = b"" if upstream.content.exception() else upstream.content.read_nowait()
+    response._send_headers_immediately = not chunk
     await response.prepare(call.request)
+    loop, patience = asyncio.get_running_loop(), call.jano.settings.request_timeout_ms / 1000
     while left != 0:
+        # A client that does not read, or a backend whose chunks cease to be HTTP: aiohttp's own
+        # timeout sees neither.
+        guard = loop.call_later(patience, abort, call.request)
         try:
-            chunk = await upstream.content.readany()
+            chunk = chunk or await upstream.content.readany()
         except BROKEN as error:
+            guard.cancel()
             silent = isinstance(error, asyncio.TimeoutError)
             how = "fell silent" if silent else "died"
             call.failure = f'backend "{call.model}" {how} in the middle of an answer'
             call.jano.settle(call, 504 if silent else 502)
             abort(call.request)
             return response
+        call.first_byte = call.first_byte or clock()
+        if counted:
+            call.tail.feed(chunk)
+        left = left and left - len(chunk)
+        if left == 0 or not chunk:
+            call.jano.settle(call, status)
+        await response.write(chunk)
+        guard.cancel()
         if not chunk:
             break
-        call.first_byte = call.first_byte or clock()
-        call.tail.feed(chunk)
-        left = None if left is None else left - len(chunk)
-        if left == 0:
-            call.jano.settle(call, status)
-        await send(call, chunk)
-    call.jano.settle(call, status)
-    await send(call, None)
+        chunk = b""
     return response
 
 
@@ -899,17 +914,6 @@ async def refusal(call: Call, upstream: aiohttp.ClientResponse) -> ApiError:
     return error
 
 
-async def send(call: Call, data: bytes | None) -> None:
-    """Write data, or the end (None). Who reads nothing for REQUEST_TIMEOUT_MS is cut off."""
-    assert call.response is not None
-    patience = call.jano.settings.request_timeout_ms / 1000
-    guard = asyncio.get_running_loop().call_later(patience, abort, call.request)
-    try:
-        await (call.response.write_eof() if data is None else call.response.write(data))
-    finally:
-        guard.cancel()
-
-
 def abort(request: web.Request) -> None:
     """Break the connection, so that nobody takes a cut answer for a whole one. With a reset: the
     plain end of a connection is how an HTTP/1.0 answer ends well."""
@@ -919,15 +923,21 @@ def abort(request: web.Request) -> None:
         transport.abort()
 
 
-def end_to_end(headers: Mapping[str, str], drop: set[str]) -> list[tuple[str, str]]:
+def end_to_end(headers: Any, drop: set[str]) -> list[tuple[str, str]]:
     """What a proxy passes on, repeated headers included; drop names more, in lower case."""
-    drop = drop | HOP_BY_HOP | words(headers.get("Connection", ""))
-    return [(name, utf8(value)) for name, value in headers.items() if name.lower() not in drop]
+    drop = drop | HOP_BY_HOP | words(",".join(headers.getall("Connection", ())))
+    spelt: dict[str, str] = {}  # as at first: two spellings of a name would overwrite each other
+    return [(spelt.setdefault(name.lower(), name), clean(value))
+            for name, value in headers.items() if name.lower() not in drop]
 
 
-def utf8(text: str) -> str:
-    """Without the half surrogates that stand for other bytes: aiohttp's writer chokes on them."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+def clean(text: str) -> str:
+    """A header's value without what aiohttp's writer refuses: control characters, and the half
+    surrogates that stand for bytes beyond UTF-8."""
+    if text.isascii() and text.isprintable():
+        return text
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return re.sub(r"[\0-\x08\x0a-\x1f\x7f]", "", text)
 
 # ------------------------------------------------------------------------------ telemetry ----
 
@@ -965,7 +975,8 @@ class Tail:
         self.head, self.tail = b"", bytearray()
 
     def feed(self, chunk: bytes) -> None:
-        self.head = self.head or chunk[: self.KEEP]
+        if len(self.head) < self.KEEP:
+            self.head += chunk[: self.KEEP]
         self.tail += chunk[-self.KEEP :]
         if len(self.tail) > 4 * self.KEEP:
             del self.tail[: -self.KEEP]
@@ -974,6 +985,7 @@ class Tail:
         """Prompt tokens, generated tokens, each per second; None: the backend does not say."""
         found = {name.decode(): float(number)  # the last one counts, as streams add up
                  for name, number in self.NUMBER.findall(self.head + self.tail[-self.KEEP :])}
+        found = {name: number for name, number in found.items() if math.isfinite(number)}
 
         def first(*names: str) -> int | None:
             return next((int(found[name]) for name in names if name in found), None)
@@ -1005,6 +1017,7 @@ class Telemetry:
         self.swap_times: deque[float] = deque(maxlen=10_000)
         self.last_error: dict[str, Any] | None = None
         self.health: dict[str, str] = {}  # model -> "up" or "down", if known
+        self.loaded_at: dict[str, str] = {}  # model -> when it was last loaded
         self.swaps: Counter[tuple[str, str]] = Counter()  # by from and to, the good ones
         self.swap_failures: Counter[str] = Counter()
         self.recent_swaps: deque[dict[str, Any]] = deque(maxlen=50)
@@ -1022,7 +1035,7 @@ class Telemetry:
     def detected(self, worker: Worker, loaded: str) -> None:
         """loaded was so from the start, also when the first request came before we knew."""
         self.changes -= self.first_arrived.get(worker.group) == loaded
-        self.health[loaded] = "up"
+        self.health[loaded], self.loaded_at[loaded] = "up", utc(time.time())
 
     def settled(self, call: Call, status: int, now: float) -> None:
         """Count a request that is over; now is on the clock."""
@@ -1060,6 +1073,7 @@ class Telemetry:
         self.health.pop(previous or "", None)
         self.health[model] = "up" if ok else "down"
         if ok:
+            self.loaded_at[model] = utc(now)
             self.swap_times.append(now)
             self.swaps[previous or "", model] += 1
             self.swap_seconds += seconds
@@ -1113,7 +1127,7 @@ class Telemetry:
                 lines.append(f"jano_{name}{{{pairs}}} {value}" if pairs else f"jano_{name} {value}")
 
         def quoted(value: object) -> str:
-            return utf8(str(value)).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+            return clean(str(value)).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
         health = status["backendHealth"].items()
         family("uptime_seconds", "gauge", "Since the start.", [(time.time() - self.started,)])
@@ -1162,8 +1176,10 @@ class Jano:
         self.stopping = False
         self.origins = words(settings.jano_cors_origins)
         self.hosts: set[str] = set()  # whose names are known; empty: any
-        if settings.jano_host in LOOPBACK or settings.jano_host.startswith("127."):
-            self.hosts = LOOPBACK | words(settings.jano_allowed_hosts) | {settings.jano_host}
+        host = settings.jano_host.lower()
+        if host in LOOPBACK or host.startswith("127."):
+            allowed = map(host_name, words(settings.jano_allowed_hosts))
+            self.hosts = {host, *LOOPBACK, *allowed} - {""}
 
     async def adopt(self, models: list[Model]) -> None:
         """Use these models from now on; queued tickets and what is loaded stay as they are."""
@@ -1224,7 +1240,7 @@ class Jano:
         queued = Counter(call.model for call in waiting)
         groups = {group: {
             "currentModel": worker.loaded,
-            "currentModelLoadedAt": worker.loaded and utc(time.time() - now + worker.loaded_at),
+            "currentModelLoadedAt": worker.loaded and self.telemetry.loaded_at[worker.loaded],
             "swapping": worker.swapping, "queueDepth": worker.depth(),
             "inFlight": len(worker.in_flight)} for group, worker in self.workers.items()}
         return {
@@ -1242,9 +1258,10 @@ class Jano:
 
     def key_headers(self, request: web.Request) -> set[str]:
         """The headers that show JANO_API_KEY; they are for jano alone."""
-        bearer = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        found = {"authorization": bearer, "x-api-key": request.headers.get("x-api-key", "")}
-        key = self.settings.jano_api_key.encode()
+        scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
+        found = {"authorization": bearer.strip() if scheme.lower() == "bearer" else "",
+                 "x-api-key": request.headers.get("x-api-key", "")}
+        key = self.settings.jano_api_key.encode("utf-8", "surrogateescape")
         return {name for name, value in found.items()
                 if key and hmac.compare_digest(value.encode("utf-8", "surrogateescape"), key)}
 
@@ -1283,8 +1300,7 @@ async def serve(request: web.Request) -> web.StreamResponse:
         if call.response is None:
             error.headers["x-request-id"] = call.id
             raise
-        await send(call, error.event("anthropic-version" in request.headers))
-        await send(call, None)
+        await call.response.write(error.event("anthropic-version" in request.headers))
         return call.response
     except (asyncio.CancelledError, ConnectionError):
         jano.settle(call, CLIENT_LEFT)
@@ -1353,11 +1369,16 @@ async def multipart_model(request: web.Request, body: bytes) -> str | None:
     content = aiohttp.StreamReader(BaseProtocol(loop), len(body) + 1, loop=loop)
     content.feed_data(body)
     content.feed_eof()
+    first = body[:80].partition(b"\r\n")[0].decode("latin-1")
     try:
+        if not re.fullmatch("--.+", first) or first[2:] not in request.headers["Content-Type"]:
+            raise ValueError  # lines before the form take the parser a second a megabyte
         reader = aiohttp.MultipartReader(request.headers, content)
         for _ in range(MAX_PARTS):
             part = await reader.next()
-            if isinstance(part, aiohttp.BodyPartReader) and part.name == "model":
+            if isinstance(part, aiohttp.MultipartReader):
+                raise ValueError  # a form within the form would not be bounded
+            if part is not None and part.name == "model":
                 found.append((await part.read()).decode())
         if len(found) > 1 or not reader.at_eof():
             raise ValueError
@@ -1427,8 +1448,7 @@ async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         if jano.hosts and host is not None and host_name(host) not in jano.hosts:
             # DNS rebinding: a web page's own name that points at 127.0.0.1 now.
             raise ApiError(403, "unknown Host, see JANO_ALLOWED_HOSTS", "host_not_allowed")
-        same = re.sub("^https?://", "", (origin or "").lower()) == (host or "").lower()
-        if origin is not None and not same and not jano.allows(origin):
+        if origin is not None and not (jano.allows(origin) or same_site(origin, host)):
             raise ApiError(403, "unknown Origin, see JANO_CORS_ORIGINS", "origin_not_allowed")
         if request.method == "OPTIONS":
             return web.Response(status=204, headers={"Allow": "GET, HEAD, POST, OPTIONS"})
@@ -1437,6 +1457,12 @@ async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         return await handler(request)
     except ApiError as error:
         return error.response()
+    except web.HTTPException as error:
+        return ApiError(error.status, error.reason, "http_error").response()
+
+
+def same_site(origin: str, host: str | None) -> bool:
+    return re.sub("^https?://", "", origin.lower()) == (host or "").lower()
 
 
 def host_name(host: str) -> str:
@@ -1445,11 +1471,18 @@ def host_name(host: str) -> str:
     return (found[1] or found[2]) if found else ""
 
 
+async def expect(request: web.Request) -> None:
+    """curl sends `Expect: 100-continue` by itself; other expectations may be ignored (RFC 9110)."""
+    if request.headers.get("Expect", "").lower() == "100-continue":
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # the answer proper has not begun
+
+
 async def finish_headers(request: web.Request, response: web.StreamResponse) -> None:
     """When any response's headers go out: CORS, and nothing added to a backend's."""
     origin, headers = request.headers.get("Origin"), response.headers
     if isinstance(response, Relayed):
-        for name in {"Server", "Content-Type"} - response.given:
+        for name in {"server", "content-type"} - response.given:
             headers.pop(name, None)
     else:
         headers["Server"] = f"jano/{__version__}"
@@ -1459,7 +1492,7 @@ async def finish_headers(request: web.Request, response: web.StreamResponse) -> 
         headers.add("Vary", "Origin")
         if request.method == "OPTIONS":
             asked = request.headers.get("Access-Control-Request-Headers", "*")
-            headers["Access-Control-Allow-Headers"] = utf8(asked)
+            headers["Access-Control-Allow-Headers"] = clean(asked)
             headers["Access-Control-Allow-Methods"] = "GET, HEAD, POST"
             headers["Access-Control-Max-Age"] = "600"
 
@@ -1495,9 +1528,9 @@ def make_app(settings: Settings, models: list[Model]) -> web.Application:
     async def lifespan(app: web.Application) -> AsyncIterator[None]:
         silence = settings.request_timeout_ms / 1000
         async with aiohttp.ClientSession(
-            # Kept for a second only: a request on a connection that its backend has just closed
-            # is lost, and no engine closes an idle one that early.
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=1),
+            # No connection is kept for a next request, which would be lost if the backend closes
+            # just then; llama-server does so after each stream, and none outlives a swap anyway.
+            connector=aiohttp.TCPConnector(force_close=True, limit=0),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=silence),
             cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False,
         ) as session:
@@ -1510,9 +1543,9 @@ def make_app(settings: Settings, models: list[Model]) -> web.Application:
     app.cleanup_ctx.append(lifespan)
     app.on_response_prepare.append(finish_headers)
     for path, handler in OWN_ROUTES.items():
-        app.router.add_get(path, handler)
-    app.router.add_get("/v1/models/{id:.+}", get_models)
-    app.router.add_route("*", "/{path:.*}", serve)
+        app.router.add_get(path, handler, expect_handler=expect)
+    app.router.add_get("/v1/models/{id:.+}", get_models, expect_handler=expect)
+    app.router.add_route("*", "/{path:(?s:.*)}", serve, expect_handler=expect)
     return app
 
 
@@ -1605,7 +1638,8 @@ class LibraryLog(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info[1] if record.exc_info else None
-        log("warn", "complaint of a library", library=record.name, error=kind_of(error))
+        if not isinstance(error, web.RequestPayloadError):  # what a refused client still sends
+            log("warn", "complaint of a library", library=record.name, error=kind_of(error))
 
 
 def main() -> int:
@@ -1620,6 +1654,7 @@ def main() -> int:
         print("jano: Windows lacks process groups and SIGHUP; run it in WSL", file=sys.stderr)
         return 1
     logging.basicConfig(handlers=[LibraryLog()], level=logging.WARNING)
+    warnings.simplefilter("ignore", RuntimeWarning)  # aiohttp's quote what clients send
     if options.demo:
         return demo()
     try:
