@@ -1684,38 +1684,37 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>jano</titl
 :root { color-scheme: light dark; --ink: light-dark(#1b1c20, #ececef); --dim: light-dark(
   #5a5d66, #a6a9b2); --card: light-dark(#fff, #1b1c20); --bad: light-dark(#b3261e, #ff8f86) }
 * { box-sizing: border-box; margin: 0; padding: 0; overflow-wrap: anywhere;
-  --hue: light-dark(oklch(49% .12 var(--h)), oklch(79% .1 var(--h))) } path { opacity: .6 }
+  --hue: light-dark(oklch(49% .12 var(--h)), oklch(79% .1 var(--h))) } .on { fill: var(--card) }
 .h0 { --h: 255 } .h1 { --h: 55 } .h2, #saved { --h: 160 } .h3 { --h: 310 } .h4 { --h: 105 }
 body { max-width: 68rem; margin: auto; padding: 1rem; font: 15px/1.45 system-ui, sans-serif;
   color: var(--ink); background: light-dark(#f5f5f2, #131417) } pre { white-space: pre-wrap }
 h1, h2 { font-size: 1rem; margin-top: .8rem } #saved { color: var(--hue) } rect { rx: 2px }
 ul, ol { display: flex; flex-wrap: wrap; gap: .5rem; margin: .5rem 0; list-style: none }
 header p, ul b { display: block; font-size: 1.8rem; font-weight: 600; line-height: 1.3 }
-ul li { flex: 1 1 8rem; font-variant-numeric: tabular-nums } #fault { color: var(--bad) }
+li, pre, input, button { padding: .2rem .6rem; font-size: 1rem } ul li { flex: 1 1 8rem }
 ul li, svg, pre { background: var(--card); border: 1px solid #8884; border-radius: 8px }
 ol li { background: var(--hue); color: var(--card); border-radius: 6px } .held { opacity: .14 }
-li, pre, input, button { padding: .2rem .6rem; font-size: 1rem } .end { text-anchor: end }
+.turn::before { content: "▶" / ""; position: absolute; translate: -1.8rem; color: var(--dim) }
+.turn { margin-left: 1.3rem } .wait { fill: none; stroke: var(--hue) } .end { text-anchor: end }
 svg { display: block; width: 100%; margin: .5rem 0; font-size: 12px; fill: var(--ink) }
-text { paint-order: stroke; stroke: var(--card); stroke-width: 2px } .on { stroke: none;
-  fill: var(--card) } .run, .held { fill: var(--hue) } .wait { fill: none; stroke: var(--hue) }
-.dim { fill: var(--dim); color: var(--dim) } .bad, .lost { fill: none; stroke: var(--bad);
-  stroke-dasharray: 3 2 } .swap { stroke: var(--dim); stroke-dasharray: 1 3 }
+text:not(.on) { paint-order: stroke; stroke: var(--card) } .run, .held { fill: var(--hue) }
+.dim { fill: var(--dim); color: var(--dim) } .swap { stroke: #8888; stroke-dasharray: 1 3 }
+.bad, .lost { fill: none; stroke: var(--bad); stroke-dasharray: 3 } #fault { color: var(--bad) }
 </style><header><h1>jano</h1><p id="loaded" aria-live="polite">…</p><p id="saved"></p></header>
 <main><p class="dim">One model fits in memory. What is asked of it is answered first; only then
-is another swapped in.</p><p id="fault" role="alert"></p><form id="door" hidden>
-<label for="key">API key</label> <input id="key" type="password" pattern="[ -~]+" required>
+is another swapped in.</p><p id="fault" role="alert"></p><form id="door" hidden><label
+for="key">API key</label> <input id="key" type="password" pattern="[ -~]+" autocomplete="off">
 <button>Show</button></form><div id="view" hidden><ul id="tiles"></ul><section id="idle">
 <h2>Nothing has been asked yet. Try:</h2><pre id="hint"></pre></section><section id="order">
 <h2>As asked</h2><ol id="asked"></ol><h2>As answered</h2><ol id="answered"></ol></section>
 <h2>Timeline</h2><svg id="chart" role="img"><g></g><g></g></svg><p class="dim">Each bar is a
 request: hollow = waiting, solid = being answered, dashed ✕ = failed. Stripe = swap, tint =
-loaded. <span id="quiet"></span></p></div></main><script type="module">
+loaded, ▶ = another model. <span id="quiet"></span></p></div></main><script type="module">
 const $ = id => document.getElementById(id), [under, over] = $("chart").children;
-let key = sessionStorage.getItem("jano-key") ?? "", skew = 0, begun = new Map();
-function add(parent, tag, attributes, text = "") {          // text stays text, whoever wrote it
+let key = sessionStorage.getItem("jano-key") ?? "", skew = 0, view = 0, begun = new Map();
+function add(parent, tag, set, text = "") {                 // text stays text, whoever wrote it
   const node = parent.appendChild(document.createElementNS(parent.namespaceURI, tag));
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  return node.append(text), node; }
+  for (const name in set) node.setAttribute(name, set[name]); return node.append(text), node; }
 const box = (g, css, x, y, width, height) => add(g, "rect", {class: css, x, y, width, height});
 const write = (text, css, x, y) => add(over, "text", {class: css, x, y}, text);
 const say = (id, text) => { if ($(id).textContent !== text) $(id).textContent = text; };
@@ -1746,18 +1745,20 @@ function show(s, {records}, at) {                             // all times in ep
   const lists = ["tiles", "asked", "answered"].map(id => $(id).cloneNode());
   for (const [value, name] of [[s.swapsTotal, "swaps made"], [s.queueDepth, "waiting"],
     [s.inFlight, "in flight"], [s.recentGenTokS ?? "–", "tokens per second"],
-    [s.requestsServedTotal, `answered, ${s.errorsLast15m} failed in 15 min`]])
+    [s.requestsServedTotal, "answered"], [s.errorsLast15m, "failed in 15 min"]])
     add(add(lists[0], "li", {}), "b", {}, value).after(name);
-  $("order").hidden = !($("idle").hidden = all.length > 0);
   say("hint", `curl ${location.origin}/v1/chat/completions --json '{"model": "${names.find(m =>
     /^[-.:A-Za-z0-9_]+$/.test(m)) ?? "…"}", "messages": [{"role": "user", "content": "Hi"}]}'`);
-  const li = ul => b => add(ul, "li", {class: hue(b.model)}, `${b.label} ${short(b.model)}`);
-  recent.forEach(li(lists[1]));
+  const li = ul => ({model, label}, i, order) => add(ul, "li", {class: hue(model) +
+    (i && model !== order[i - 1].model ? " turn" : "")}, `${label} ${short(model)}`);
+  $("order").hidden = !($("idle").hidden = all.length > 0), recent.forEach(li(lists[1]));
   recent.filter(b => b.turn < b.end).sort((a, b) => a.turn - b.turn).forEach(li(lists[2]));
   for (const ul of lists) if (!ul.isEqualNode($(ul.id))) $(ul.id).replaceWith(ul);
-  const end = $("chart").clientWidth - 8, px = end / (s.lastSwapDurationMs > 9e3 ? 12e4 : 6e4);
-  const x = t => Math.max(-9, end + Math.min((t - at) * px, 0));
-  let y = 20, edge = 0;
+  const to = all[0] ? Math.min(at, Math.max(...[...all, ...swaps].map(b => b.end)) + 1e3) : at;
+  const need = Math.max(1e4, ...all.map(b => b.end > to - 1e4 && to - b.start));
+  view = view < need || view > need * 3 ? need * 1.2 : view;     // ms on show; the last: to
+  const end = $("chart").clientWidth - 24, px = end / view;
+  const x = t => Math.max(-9, end + Math.min((t - to) * px, 0)); let y = 20, edge = 0;
   for (const m of names) {
     const mine = all.filter(b => b.model === m && x(b.end) > 0), rows = [], n = queued.get(m);
     if (names[8] && !now.has(m) && !mine.length) { quiet.push(" " + short(m, 30)); continue; }
@@ -1765,7 +1766,7 @@ function show(s, {records}, at) {                             // all times in ep
       rows[b.row = [...rows, 0].findIndex(free => free < b.start)] = b.end + 30 / px;
     const tall = Math.max(3, Math.min(18, 300 / rows.length)), top = y;
     y += 26 + tall * Math.max(rows.length, names[4] ? 1 : 3);
-    if (now.get(m) === "loaded") box(under, hue(m) + " held", 0, top, end + 8, y - top);
+    if (now.get(m) === "loaded") box(under, hue(m) + " held", 0, top, end + 24, y - top);
     add(write(short(m, 30), "", 8, top + 15), "tspan", {class: "dim", dx: 8},
       [now.get(m), n && n + " waiting"].filter(Boolean).join(", "));
     for (const b of mine) {
@@ -1781,20 +1782,19 @@ function show(s, {records}, at) {                             // all times in ep
     const full = `${short(w.from ?? "–")} → ${short(w.to ?? "–")} ${took}`;
     add(under, "path", {class: css, "stroke-width": x1 - x0 + 2, d: `M${mid} 18V${y}`});
     write([full, took].find(t => t.length * 7 < x1 - edge) ?? "", "end", edge = x1, 13); }
-  for (const t of [0, 30, 90]) write(t ? -t + " s" : "now", "dim end", x(at - t * 1e3), y + 14);
+  for (const t of [to, to - view / 2])
+    write(t < at ? span(at - t) + " ago" : "now", "dim end", x(t), y + 14);
   $("chart").setAttribute("height", y + 22), say("quiet", quiet[0] ? "Quiet:" + quiet : ""); }
 $("door").onsubmit = e => { e.preventDefault(), key = $("key").value, $("door").hidden = true };
 for (;; await new Promise(wake => setTimeout(wake, 1000))) try {
   if (document.hidden || !$("door").hidden) continue;
-  const headers = key ? {Authorization: "Bearer " + key} : {};
-  const ask = path => fetch(path, {headers, signal: AbortSignal.timeout(5000)})
-    .then(answer => answer.ok ? answer : Promise.reject(answer));
+  const ask = path => fetch(path, {signal: AbortSignal.timeout(5000), headers: key ?
+    {Authorization: "Bearer " + key} : {}}).then(a => a.ok ? a : Promise.reject(a));
   const status = await ask("status"), usage = await ask("usage?limit=200");
   const off = Date.parse(usage.headers.get("Date")) + 500 - Date.now();     // of whole seconds
   if (Math.abs(off - skew) > 2000) skew = off;              // skew: jano's clock minus ours, ms
   $("view").hidden = false, sessionStorage.setItem("jano-key", key), say("fault", "");
-  show(await status.json(), await usage.json(), Date.now() + skew);
-} catch ({status}) {
+  show(await status.json(), await usage.json(), Date.now() + skew); } catch ({status}) {
   if (status !== 401) { say("fault", document.title = "Jano unreachable, retrying"); continue; }
   say("fault", key && "That is not the key."), key = "";
   $("view").hidden = true, $("door").hidden = false, $("door").reset(), $("key").focus(); }
