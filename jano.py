@@ -733,7 +733,7 @@ NOT_PASSED_ON = {"host", "content-length", "expect"}
 NOT_INVENTED = ("Accept", "Accept-Encoding", "User-Agent", "Content-Type")  # as aiohttp would
 INFLATED = {"gzip", "deflate", "br", "zstd"}  # request bodies that aiohttp's server unpacks
 NOT_SENT = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)  # no byte has left
-BROKEN = (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError)  # whatever a backend does
+BROKEN = (aiohttp.ClientError, asyncio.TimeoutError, HttpProcessingError, OSError, ValueError)
 
 
 class ApiError(Exception):
@@ -796,6 +796,7 @@ async def forward(call: Call) -> web.StreamResponse:
             worker.lost(call)
             continue
         try:
+            fail_when_closed(upstream)
             return await relay(call, upstream)
         finally:  # unless the answer was whole, this closes the connection, so the backend stops
             upstream.close()
@@ -842,6 +843,20 @@ async def open_upstream(call: Call) -> aiohttp.ClientResponse:
         raise ApiError(502, text, "backend_died") from None
 
 
+def fail_when_closed(upstream: aiohttp.ClientResponse) -> None:
+    """aiohttp closes a connection whose chunks cease to be HTTP, but does not wake its reader."""
+
+    def closed(future: asyncio.Future[None]) -> None:
+        if not future.cancelled():
+            future.exception()  # seen, or asyncio complains that nobody looks
+        if not upstream.content.is_eof() and upstream.content.exception() is None:
+            upstream.content.set_exception(aiohttp.ClientPayloadError())
+
+    protocol = None if upstream.connection is None else upstream.connection.protocol
+    if (future := getattr(protocol, "closed", None)) is not None:
+        future.add_done_callback(closed)
+
+
 class Relayed(web.StreamResponse):
     """A backend's answer; what aiohttp would add to the headers given is taken out again."""
 
@@ -875,8 +890,7 @@ async def relay(call: Call, upstream: aiohttp.ClientResponse) -> web.StreamRespo
     await response.prepare(call.request)
     loop, patience = asyncio.get_running_loop(), call.jano.settings.request_timeout_ms / 1000
     while left != 0:
-        # A client that does not read, or a backend whose chunks cease to be HTTP: aiohttp's own
-        # timeout sees neither.
+        # Beside aiohttp's own timeout for the backend, one for a client that does not read.
         guard = loop.call_later(patience, abort, call.request)
         try:
             chunk = chunk or await upstream.content.readany()
@@ -1369,9 +1383,10 @@ async def multipart_model(request: web.Request, body: bytes) -> str | None:
     content = aiohttp.StreamReader(BaseProtocol(loop), len(body) + 1, loop=loop)
     content.feed_data(body)
     content.feed_eof()
-    first = body[:80].partition(b"\r\n")[0].decode("latin-1")
+    first = body.lstrip(b"\r\n")[:80].partition(b"\r\n")[0].decode("latin-1")
+    named = re.search(r'boundary="?([^";]+)', request.headers["Content-Type"], re.IGNORECASE)
     try:
-        if not re.fullmatch("--.+", first) or first[2:] not in request.headers["Content-Type"]:
+        if named is None or first.rstrip("- ") != f"--{named[1]}".rstrip("- "):
             raise ValueError  # lines before the form take the parser a second a megabyte
         reader = aiohttp.MultipartReader(request.headers, content)
         for _ in range(MAX_PARTS):
@@ -1825,13 +1840,14 @@ TOY_BACKEND = """import http.server, sys, time
 class Toy(http.server.BaseHTTPRequestHandler):
     def do_GET(self, answer=b"{}"):
         self.send_response(200)
+        self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
         self.wfile.write(answer)
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))
         time.sleep(1)  # to answer
-        self.do_GET(b'{"usage": {"prompt_tokens": 9, "completion_tokens": 60}}')
+        self.do_GET(b'{"timings": {"predicted_n": 60, "predicted_per_second": 60}}')
 time.sleep(2)  # to load
 http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Toy).serve_forever()
 """
@@ -1892,6 +1908,7 @@ async def burst(url: str, screen: TextIO) -> None:
     async def ask(step: str) -> None:
         async with session.post(f"{url}/v1/chat/completions", json={"model": step[2:]}) as answer:
             answer.raise_for_status()
+            await answer.read()
         served.append(step)
         print(f"  {clock() - begin:4.1f} s  {step} answered", file=screen, flush=True)
 
