@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["aiohttp>=3.11,<4"]
+# dependencies = ["aiohttp>=3.14,<4"]
 # ///
 """Jano: one OpenAI-compatible front door for local models that do not fit in memory together.
 
@@ -999,7 +999,7 @@ class Tail:
         """Prompt tokens, generated tokens, each per second; None: the backend does not say."""
         found = {name.decode(): float(number)  # the last one counts, as streams add up
                  for name, number in self.NUMBER.findall(self.head + self.tail[-self.KEEP :])}
-        found = {name: number for name, number in found.items() if math.isfinite(number)}
+        found = {name: number for name, number in found.items() if number < 1e15}
 
         def first(*names: str) -> int | None:
             return next((int(found[name]) for name in names if name in found), None)
@@ -1653,7 +1653,8 @@ class LibraryLog(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info[1] if record.exc_info else None
-        if not isinstance(error, web.RequestPayloadError):  # what a refused client still sends
+        # What a client sends that has been refused, or odd headers of a form, is no complaint.
+        if not isinstance(error, web.RequestPayloadError) and record.name != "aiohttp.internal":
             log("warn", "complaint of a library", library=record.name, error=kind_of(error))
 
 
