@@ -754,7 +754,8 @@ class ApiError(Exception):
         """The same as a server-sent event, for a stream that has begun."""
         if not anthropic:
             return f"data: {json.dumps({'error': self.payload['error']})}\n\n".encode()
-        kind = str(self.payload["error"].get("type")).replace("server_error", "api_error")
+        kind = self.payload["error"].get("type") or "api_error"
+        kind = "api_error" if kind == "server_error" else kind
         data = {"type": "error", "error": {**self.payload["error"], "type": kind}}
         return f"event: error\ndata: {json.dumps(data)}\n\n".encode()
 
