@@ -350,7 +350,8 @@ class Schedule:
         """A ticket arrives; one that had its turn already comes back in front."""
         if ticket.model in self.idle_since:
             gap = ticket.arrived - self.idle_since.pop(ticket.model)
-            self.gaps.setdefault(ticket.model, deque(maxlen=2)).append(gap)
+            if ticket.granted is None:
+                self.gaps.setdefault(ticket.model, deque(maxlen=2)).append(gap)
         tickets = self.tiers[ticket.tier].setdefault(ticket.model, OrderedDict())
         tickets[ticket] = None
         tickets.move_to_end(ticket, last=ticket.granted is None)
