@@ -408,14 +408,14 @@ def decide(state: Schedule, now: float) -> Decision:
     heads = {model: next(iter(queue[model])) for model in queue if model != loaded}
     if not heads:
         return Decision(serve)
-    # Next is the model whose head is oldest. But one unloaded less than 300 s ago counts from then
-    # at the earliest: long queues take turns, instead of the longest coming back each time.
-    nxt = min(heads, key=lambda m: max(heads[m].arrived, left.get(m, -math.inf) - 300))
+    # Next is the model that has waited longest, and none waits while it is loaded: so long queues
+    # take turns, instead of the longest coming back each time.
+    nxt = min(heads, key=lambda m: max(heads[m].arrived, left.get(m, -math.inf)))
     trip = cost.get(loaded, 0.0) + cost.get(nxt, 0.0)  # there and back
     held_from = max(state.loaded_at, heads[nxt].arrived)  # the clock runs only while somebody waits
     if not state.turn:  # plain greed, no ceiling
         nxt, held_from = min(heads, key=lambda m: heads[m].arrived), math.inf
-    if now < held_from + max(state.turn, 3 * trip):  # the loaded model keeps its turn
+    if now < held_from + state.turn + 2 * trip:  # the loaded model keeps its turn
         if loaded in queue:
             return Decision(serve)
         if queue is state.tiers[PRIORITY]:

@@ -416,11 +416,11 @@ SHORT_GAP = "0 load b 9, 0 load a 9, 2 a1, 3 done a1"  # a was idle for 2 s, and
     ("0 load a, 0 a1, 0 grant a1, 1 b1, 60", {}, "wait"),
     ("0 load a, 0 a1, 0 grant a1, 1 b1, 2 a2, 61", {"slots": 2}, "swap to b"),  # once drained
     ("0 load a 9, 1 b1, 2 a1, 9999", {"turn": 0}, "serve a1"),  # plain greed
-    # Or three round trips, if that is longer: 3 x (20 + 10); an unmeasured cost is 0.
-    ("0 load b 10, 1 load a 20, 2 b1, 3 a1, 91", {}, "serve a1"),
-    ("0 load b 10, 1 load a 20, 2 b1, 3 a1, 92", {}, "swap to b"),
-    ("0 load a 10, 0 load a 50, 2 b1, 3 a1, 91", {}, "serve a1"),  # the average of 10 and 50
-    ("0 load a 10, 0 load a 50, 2 b1, 3 a1, 92", {}, "swap to b"),
+    # And two round trips more: 60 + 2 x (20 + 10); an unmeasured cost is 0.
+    ("0 load b 10, 1 load a 20, 2 b1, 3 a1, 121", {}, "serve a1"),
+    ("0 load b 10, 1 load a 20, 2 b1, 3 a1, 122", {}, "swap to b"),
+    ("0 load a 10, 0 load a 50, 2 b1, 3 a1, 121", {}, "serve a1"),  # the average of 10 and 50
+    ("0 load a 10, 0 load a 50, 2 b1, 3 a1, 122", {}, "swap to b"),
     # Linger 5 s from the start of idleness, if the smaller one of the last two gaps was short.
     (f"{SHORT_GAP}, 4 b1, 5", {}, "wait until 8"),
     (f"{SHORT_GAP}, 4 b1, 8", {}, "swap to b"),
@@ -432,10 +432,10 @@ SHORT_GAP = "0 load b 9, 0 load a 9, 2 a1, 3 done a1"  # a was idle for 2 s, and
     # But no longer than a round trip from when b1 came: 1 + 1, or nothing measured.
     ("0 load b 1, 0 load a 1, 2 a1, 3 done a1, 4 b1, 5", {}, "wait until 6"),
     ("0 load a, 2 a1, 3 done a1, 4 b1, 5", {}, "swap to b"),
-    # Next is whose head is oldest; who was unloaded within 300 s counts from 300 s before that.
-    ("0 load b, 50 b1, 101 c1, 400 load a, 401", {}, "swap to b"),
-    ("0 load b, 50 b1, 99 c1, 400 load a, 401", {}, "swap to c"),
-    ("0 load b, 50 b1, 99 c1, 400 load a, 401", {"turn": 0}, "swap to b"),
+    # Next is who waits longest, and b does since it was unloaded.
+    ("0 load b, 1 b1, 2 load a, 3 c1, 4", {}, "swap to b"),
+    ("0 load b, 1 b1, 2 c1, 3 load a, 4", {}, "swap to c"),
+    ("0 load b, 1 b1, 2 c1, 3 load a, 4", {"turn": 0}, "swap to b"),
     # Priority ends the turn, flex waits for everybody else; greed works within a tier.
     ("0 load a, 0 a1, 0 grant a1, 1 a2, 2 b1!, 3", {"slots": 2}, "swap to b"),
     (f"{SHORT_GAP}, 4 b1!, 5", {}, "swap to b"),
@@ -1113,7 +1113,7 @@ async def test_drain_called_off_costs_nothing(tmp_path: Path, chat: Backend, cod
         asks += await queued(jano_, "chat")  # the turn is over: it is not admitted
         waiting.cancel()
         await jano_.logged("client disconnected")
-        await asyncio.sleep(0.4)  # if code's swap seemed to take that long, its turn were 1.2 s
+        await asyncio.sleep(0.4)  # if code's swap seemed to take that long, its turn were 0.8 s
         chat.release.set()
         asks += await queued(jano_, "code", "code", "chat")
         await event(code.arrived.get())

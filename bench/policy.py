@@ -229,15 +229,13 @@ class Run:
 def bound(run: Run) -> float:
     """The longest that a model can wait, with the longest load, service and round trip of the run.
 
-    A model waits since w = max(a, left), with its oldest ticket of time a. Another one goes first
-    only while max(head.arrived, left - 300) is less for it than for ours, where it is w at most: so
-    never again once it has left after w + 300, and never if it is the one loaded. After w + 300, or
-    w if there are but two models, each of the others thus has one turn at most: a load, T until
-    nothing is admitted any more, what is in flight. Then ours loads.
+    A model waits since w = max(head.arrived, left), and the next is the one with the least w. One
+    that has left since our w comes after us. So each of the others has one turn more at most: a
+    load, T until nothing is admitted any more, and what is in flight. Then ours loads.
     """
     others, load = len(run.work.load) - 1, max(run.work.load.values())
-    turn = load + max(run.work.turn, 3 * run.trip) + max(run.services.values())
-    return (300 if others > 1 else 0) + others * turn + load
+    turn = run.work.turn + 2 * run.trip + max(run.services.values())
+    return others * (load + turn) + load
 
 
 Ways = dict[tuple[frozenset[Client], str | None], list[Span]]
@@ -491,12 +489,12 @@ def check_by_hand() -> None:
     run = Run(Work({"A": 2, "B": 2}, once("AB" + "A" * 10), loaded="A"), "max-batch")
     same("max-batch", run.served(), "A" * 9 + "B" + "AA")
     # Two on A for ever, ten seconds each. B comes at 5: none of A begins after 65, so B loads from
-    # 70 to 90, and A again from 91 to 111. Now the round trip is known to be 40 s, so T is 120 s: B
-    # of 200 waits until 320, then for the A that began at 311, then for its load.
+    # 70 to 90, and A again from 91 to 111. Now the round trip is known to be 40 s, so T is 140 s: B
+    # of 200 waits until 340, then for the A that began at 331, then for its load.
     clients = [Client("A", 0, (10, 10), (0, 0))] * 2 + once("B", start=5) + once("B", start=200)
     for policy, times, waits in (("greedy", [], [395, 200]),
                                  ("max-wait", [70, 91, 261, 282], [85, 81]),
-                                 ("jano", [70, 91, 321, 342], [85, 141])):
+                                 ("jano", [70, 91, 341, 362], [85, 161])):
         run = Run(Work(AB, clients, 400, "A"), policy)
         same(f"ceiling, {policy}", (swaps(run), run.waits("B")), (times, waits))
     # Services of 4 s, pauses of 1.5 s, loads of 10 s. At 4 and 18 no pause is known yet. Then A
