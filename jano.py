@@ -1671,6 +1671,9 @@ def main() -> int:
     if sys.platform == "win32":
         print("jano: Windows lacks process groups and SIGHUP; run it in WSL", file=sys.stderr)
         return 1
+    while (unused := os.open(os.devnull, os.O_RDWR)) <= 2:  # started with >&-: a socket must not
+        pass  # get the number of a standard stream
+    os.close(unused)
     logging.basicConfig(handlers=[LibraryLog()], level=logging.WARNING)
     warnings.simplefilter("ignore", RuntimeWarning)  # aiohttp's quote what clients send
     if options.demo:

@@ -637,7 +637,10 @@ class Raw:
 
     async def talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.tasks.add(asyncio.current_task())
-        head = await reader.readuntil(b"\r\n\r\n")
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+        except asyncio.IncompleteReadError:  # jano has left
+            return writer.close()
         if head.startswith(b"GET "):
             if self.ready_once:
                 self.server.close()
