@@ -783,26 +783,26 @@ class Call(Ticket):
 
 async def forward(call: Call) -> web.StreamResponse:
     """Wait for the turn, then pass the answer on. Raises ApiError."""
-    worker = call.jano.worker_of(call.to)
-    for last_try in (False, True):
+    worker, tried = call.jano.worker_of(call.to), False
+    while True:
         if worker:
             await wait_for_turn(call, worker.enqueue(call))
         else:
             call.granted = clock()
         try:
             upstream = await open_upstream(call)
+            break
         except NOT_SENT:
-            if last_try or not worker:
+            if tried or not worker:
                 text = f'backend "{call.model}" cannot be reached'
                 raise ApiError(502, text, "backend_unreachable") from None
+            tried = True
             worker.lost(call)
-            continue
-        try:
-            fail_when_closed(upstream)
-            return await relay(call, upstream)
-        finally:  # unless the answer was whole, this closes the connection, so the backend stops
-            upstream.close()
-    raise AssertionError("the last try returns or raises")
+    try:
+        fail_when_closed(upstream)
+        return await relay(call, upstream)
+    finally:  # unless the answer was whole, this closes the connection, so the backend stops
+        upstream.close()
 
 
 async def wait_for_turn(call: Call, turn: asyncio.Future[None]) -> None:
