@@ -1675,7 +1675,8 @@ def main() -> int:
         pass  # get the number of a standard stream
     os.close(unused)
     logging.basicConfig(handlers=[LibraryLog()], level=logging.WARNING)
-    warnings.simplefilter("ignore", RuntimeWarning)  # aiohttp's quote what clients send
+    for kind in (aiohttp.BadContentDispositionHeader, aiohttp.BadContentDispositionParam):
+        warnings.simplefilter("ignore", kind)  # they quote what clients send
     if options.demo:
         return demo()
     try:
