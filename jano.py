@@ -1057,8 +1057,8 @@ class Telemetry:
         """Count a request that is over; now is on the clock."""
         epoch, model, begin = time.time(), call.model, call.first_byte
         prompt, generated, prompt_rate, rate = call.tail.tokens()
-        if rate is None and generated and call.streaming and begin:
-            rate = generated / max(now - begin, 1e-3)
+        if rate is None and generated and call.streaming and begin and now - begin >= 0.05:
+            rate = generated / (now - begin)  # what took less came in one go
         self.records.append({
             "ts": utc(epoch), "id": call.id, "model": model, "path": call.request.path,
             "status": status, "queue_ms": ms((call.granted or now) - call.arrived),
