@@ -1101,6 +1101,7 @@ class Telemetry:
         """The half of /status that is history."""
         now, swaps = time.time(), sum(self.swaps.values())
         took = [swap["ms"] for swap in self.recent_swaps if swap["ok"]]
+        avoided = max(0, self.changes - swaps)
         served = dict.fromkeys(models, 0)
         for (model, status), count in self.requests.items():
             if 200 <= status < 300:
@@ -1118,7 +1119,8 @@ class Telemetry:
             "recentSwaps": list(self.recent_swaps),
             "swapsLast15m": since(self.swap_times, 900),
             "swapsLastHour": since(self.swap_times, 3600),
-            "swapsTotal": swaps, "swapsAvoided": max(0, self.changes - swaps),
+            "swapsTotal": swaps, "swapsAvoided": avoided,
+            "swapTimeSavedMs": ms(avoided * self.swap_seconds / swaps) if swaps else None,
             "recentGenTokS": rate("gen"), "recentPromptTokS": rate("prompt"),
             "tokSByModel": {model: rate(f"of {model}") for model in models
                             if f"of {model}" in self.rates},
@@ -1161,6 +1163,9 @@ class Telemetry:
         family("swap_failures_total model", "counter", "Swaps failed.", self.swap_failures.items())
         family("swaps_avoided", "gauge", "Changes of model in order of arrival, minus swaps made.",
                [(status["swapsAvoided"],)])
+        saved = status["swapTimeSavedMs"]  # None while no swap has been measured
+        family("swap_time_saved_seconds", "gauge", "Swaps avoided, times the mean swap's duration.",
+               [] if saved is None else [(saved / 1000,)])
         family("backend_up model", "gauge", "1: it was fine when last heard of.",
                [(model, int(state == "up")) for model, state in health])
         family("swap_duration_seconds", "histogram", "From the script's start until ready.", [])
@@ -1616,7 +1621,7 @@ async def run(settings: Settings, models: list[Model],
     status = jano.status()
     await runner.cleanup()
     log("info", "jano stopped", served=status["requestsServedTotal"], swaps=status["swapsTotal"],
-        swapsAvoided=status["swapsAvoided"])
+        swapsAvoided=status["swapsAvoided"], swapTimeSavedMs=status["swapTimeSavedMs"])
     return 0
 
 
@@ -1744,8 +1749,7 @@ const span = ms => ms < 99500 ? (ms / 1000).toFixed(1) + " s" : Math.round(ms / 
 const short = (name, most = 12) => String.fromCodePoint(0x2068) + ([...name].length > most
   ? [...name].slice(0, most - 1).join("") + "…" : name) + String.fromCodePoint(0x2069);
 function show(s, {records}, at) {                             // all times in epoch milliseconds
-  const swaps = s.recentSwaps, ok = swaps.filter(w => w.ok), bars = new Map(), now = new Map();
-  const gain = ok.reduce((sum, w) => sum + w.ms / ok.length, 0) * s.swapsAvoided, quiet = [];
+  const swaps = s.recentSwaps, bars = new Map(), now = new Map(), quiet = [];
   for (const w of swaps) w.end = Date.parse(w.ts), w.start = w.end - w.ms;
   for (const b of [...s.active, ...records]) {         // who is in both has finished in between
     b.end = b.ts ? Date.parse(b.ts) : Infinity, b.start = Math.min(b.end, at) - b.total_ms;
@@ -1762,7 +1766,8 @@ function show(s, {records}, at) {                             // all times in ep
   const hue = m => "h" + names.indexOf(m) % 5, queued = new Map(Object.entries(s.queueByModel));
   const head = [...now].map(([m, is]) => `${short(m ?? "nothing", 40)} is ${is}`).join(", ");
   $("chart").ariaLabel = document.title = `${head} · ${s.queueDepth} waiting — jano`;
-  say("saved", `Swaps avoided: ${s.swapsAvoided}${gain ? `, about ${span(gain)} saved` : ""}`);
+  const saved = s.swapTimeSavedMs ? `, about ${span(s.swapTimeSavedMs)} saved` : "";
+  say("saved", `Swaps avoided: ${s.swapsAvoided}${saved}`);
   say("loaded", head), under.replaceChildren(), over.replaceChildren();
   const lists = ["tiles", "asked", "answered"].map(id => $(id).cloneNode());
   for (const [value, name] of [[s.swapsTotal, "swaps made"], [s.queueDepth, "waiting"],
