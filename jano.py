@@ -468,6 +468,8 @@ class Worker(Schedule):
             raise ApiError(503, text, "backend_unavailable", retry_in)
         if fails >= self.settings.swap_failure_limit:
             del self.failures[ticket.model]
+        if ticket.granted is None:
+            self.jano.telemetry.arrived(self, ticket.model)
         ticket.turn = asyncio.get_running_loop().create_future()
         ticket.swapping -= self.swapped_so_far()  # its grant adds that of then
         self.add(ticket)
@@ -645,6 +647,7 @@ class Worker(Schedule):
         async with self.lock:
             previous = self.loaded or ""
             self.unload(clock())
+            self.jano.telemetry.last_arrived.pop(self.group, None)  # a naive proxy loads anew, too
             log("info", "unload requested", model=previous)
             await self.run_script("unload", self.settings.swap_wait_timeout_ms / 1000, previous)
 
@@ -1101,7 +1104,7 @@ class Telemetry:
         """The half of /status that is history."""
         now, swaps = time.time(), sum(self.swaps.values())
         took = [swap["ms"] for swap in self.recent_swaps if swap["ok"]]
-        avoided = max(0, self.changes - swaps)
+        avoided = max(0, self.changes - swaps - sum(self.swap_failures.values()))
         served = dict.fromkeys(models, 0)
         for (model, status), count in self.requests.items():
             if 200 <= status < 300:
@@ -1230,7 +1233,6 @@ class Jano:
         if worker := self.worker_of(call.to):
             if waiting >= self.settings.max_queue:
                 raise ApiError(503, f"the queue is full: {waiting} requests wait", "queue_full", 5)
-            self.telemetry.arrived(worker, call.model)
             log("info", "enqueued", id=call.id, model=call.model)
         self.calls[call] = None
         if task := asyncio.current_task():
