@@ -1483,7 +1483,8 @@ NONE = {"chat": 0, "code": 0, "ears": 0}
 IDLE: dict[str, Any] = {  # chat was found loaded, nobody has asked; only the two times are missing
     "ok": True, "currentModel": "chat", "swapping": None, "inFlight": 0, "queueDepth": 0,
     "queueByModel": NONE, "oldestWaitingMs": 0, "lastSwapDurationMs": None, "recentSwaps": [],
-    "swapsTotal": 0, "swapsAvoided": 0, "swapsLast15m": 0, "swapsLastHour": 0,
+    "swapsTotal": 0, "swapsAvoided": 0, "swapTimeSavedMs": None, "swapsLast15m": 0,
+    "swapsLastHour": 0,
     "recentGenTokS": None, "recentPromptTokS": None, "tokSByModel": {}, "requestsServedTotal": 0,
     "requestsByModel": NONE, "tokensGeneratedTotal": 0, "tokensByModel": NONE,
     "requestsPerMinute": 0, "errorsLast15m": 0, "lastError": None,
@@ -1532,6 +1533,7 @@ async def test_status_says_what_is_going_on(tmp_path: Path, chat: Backend, code:
         ms = [line["ms"] for line in jano_.lines if line["msg"] == "swap ready"]
         await shows(jano_, **IDLE | {
             "swapsTotal": 2, "swapsLast15m": 2, "swapsLastHour": 2, "swapsAvoided": 2,
+            "swapTimeSavedMs": pytest.approx(sum(ms), abs=2),
             "recentSwaps": [
                 {"ts": stamps[0], "from": "chat", "to": "code", "ms": ms[0], "ok": True},
                 {"ts": stamps[1], "from": "code", "to": "chat", "ms": ms[1], "ok": True}],
@@ -1541,6 +1543,10 @@ async def test_status_says_what_is_going_on(tmp_path: Path, chat: Backend, code:
             "tokensByModel": {"chat": 60, "code": 0, "ears": 60}, "requestsPerMinute": 8,
             "backendHealth": {"chat": "up", "code": "unknown", "ears": "up"}, "errorsLast15m": 1,
             "lastError": {"ts": stamps[2], "model": "chat", "message": "the backend answered 500"}})
+        assert set(found) == {*IDLE, "currentModelLoadedAt", "uptimeSeconds", "active"}
+    assert [jano_.lines[-1][key] for key in ("msg", "served", "swaps", "swapsAvoided")] == [
+        "jano stopped", 7, 2, 2]
+    assert jano_.lines[-1]["swapTimeSavedMs"] == pytest.approx(sum(ms), abs=2)
 
 
 async def test_counters_are_settled_before_an_answer_ends(tmp_path: Path, chat: Backend) -> None:
@@ -1677,6 +1683,26 @@ async def test_swaps_avoided_are_no_more_than_were_saved(tmp_path: Path, chat: B
         await shows(jano_, swapsTotal=1, swapsAvoided=0)
 
 
+async def test_neither_a_failed_swap_nor_an_unload_hides_or_feigns_what_was_saved(
+    tmp_path: Path, chat: Backend, code: Backend
+) -> None:
+    models, swap = [entry(chat), entry(code)], script(tmp_path, '[ "$1" != code ]')
+    (tmp_path / "go").touch()
+    async with running_jano(tmp_path, models, swap, SWAP_FAILURE_LIMIT=1) as jano_:
+        for model, status in (("chat", 200), ("code", 503)) * 3 + (("chat", 200),):
+            assert (await jano_.ask(model))[0] == status
+        await jano_.logged("failing fast: backend marked bad", 2)
+        await shows(jano_, swapsTotal=1, swapsAvoided=0, swapTimeSavedMs=0)
+    async with running_jano(tmp_path, models, script(tmp_path), IDLE_UNLOAD_MS=300) as jano_:
+        chat.answer = chat.held
+        asks = await queued(jano_, "chat", "code", "chat")
+        chat.release.set()
+        await asyncio.gather(*asks)
+        await jano_.logged("unload requested")
+        assert (await jano_.ask("chat"))[0] == 200
+        await shows(jano_, swapsTotal=2, swapsAvoided=1)
+
+
 async def test_two_groups_are_shown_apart(tmp_path: Path, chat: Backend, code: Backend) -> None:
     code.ready, chat.answer, code.answer = False, chat.held, code.held
     models = [entry(chat, group="a"), entry(code, group="b")]
@@ -1730,6 +1756,7 @@ async def test_metrics_agree_with_status(tmp_path: Path, chat: Backend, code: Ba
         wanted = {
             "uptime_seconds": pytest.approx(status["uptimeSeconds"], abs=1.5), "in_flight": 0,
             "swaps_avoided": status["swapsAvoided"], "swap_duration_seconds_count": 3,
+            "swap_time_saved_seconds": pytest.approx(status["swapTimeSavedMs"] / 1000),
             "swap_duration_seconds_sum": pytest.approx(took, abs=0.002),
             "queue_depth model=no": 0, "queue_depth model=code": 0, "queue_depth model=evil": 0,
             "backend_up model=no": 0, "backend_up model=code": 0, "backend_up model=evil": 0,
