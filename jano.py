@@ -462,7 +462,8 @@ class Worker(Schedule):
         if self.closed:
             raise ApiError(*self.closed)
         if fails >= self.settings.swap_failure_limit and retry_in > 0:
-            log("warn", "failing fast: backend marked bad", id=ticket.id, model=ticket.model)
+            log("warn", "failing fast: backend marked bad", id=ticket.id, model=ticket.model,
+                fails=fails)
             text = f"{fails} consecutive swap failures; retry in {retry_in} s"
             text = f'backend "{ticket.model}" is unavailable ({text})'
             raise ApiError(503, text, "backend_unavailable", retry_in)
@@ -582,7 +583,7 @@ class Worker(Schedule):
         if failed:
             fails = self.failures.get(model.name, (0, 0.0))[0] + 1
             self.failures[model.name] = (fails, clock())
-            log("error", "swap failed", **took, fails=fails, reason=failed.reason, **failed.details)
+            log("error", "swap failed", **took, fails=fails, err=failed.reason, **failed.details)
             text = f'swap to "{model.name}" failed: {failed.reason}'
             self.fail_waiting(model.name, 503, text, "swap_failed")
         else:
@@ -1589,7 +1590,7 @@ async def run(settings: Settings, models: list[Model],
     jano, stop = runner.app[JANO], asyncio.Event()
 
     def on_signal(number: signal.Signals) -> None:
-        log("info", "received signal", signal=number.name)
+        log("info", "received signal", sig=number.name)
         if stop.is_set():
             os._exit(1)
         stop.set()
