@@ -1396,7 +1396,24 @@ async def test_jano_serves_on_and_ends_well_where_its_log_cannot_be_written(
     assert (await event(process.communicate()), process.returncode) == ((b"", None), 0)
 
 
-async def test_log_lines_hold_no_secrets(tmp_path: Path, chat: Backend, code: Backend) -> None:
+ANCESTOR = {  # what programs may read of the TypeScript Jano, 0.3.0: its names, a log line's by msg
+    "/status": """ok currentModel queueDepth queueByModel oldestWaitingMs currentModelLoadedAt
+        inFlight lastSwapDurationMs swapsLast15m swapsLastHour recentGenTokS recentPromptTokS
+        tokSByModel uptimeSeconds requestsServedTotal requestsByModel tokensGeneratedTotal
+        tokensByModel requestsPerMinute errorsLast15m lastError backendHealth""",
+    "lastError": "ts model message",
+    "/usage": """ts model status total_ms ttfb_ms prompt_tokens gen_tokens gen_tok_s
+        prompt_tok_s""",
+    "/v1/models": "id object created owned_by label aliases",
+    "jano listening": "host port models", "enqueued": "id model", "swap requested": "model",
+    "swap ready": "model ms", "swap failed": "model fails err", "received signal": "sig",
+    "failing fast: backend marked bad": "id model fails",
+    "served": "id model status ms aborted"}
+
+
+async def test_old_names_are_kept_and_no_secrets(
+    tmp_path: Path, chat: Backend, code: Backend
+) -> None:
     models, script = [entry(chat), entry(code)], swap_script(tmp_path, '[ "$1" != code ]')
     chat.answer, settings = chat.held, {"JANO_API_KEY": "secret-key", "SWAP_FAILURE_LIMIT": 1}
     async with running_jano(tmp_path, models, script, **settings) as jano_:
@@ -1407,14 +1424,18 @@ async def test_log_lines_hold_no_secrets(tmp_path: Path, chat: Backend, code: Ba
         chat.release.set()
         answers = [await post(jano_, model) for model in ("code", "code", "chat")]
         assert [answer.status for answer in (await running, *answers)] == [200, 503, 503, 200]
-    assert {"jano listening", "enqueued", "swap requested", "swap ready", "swap failed", "served",
-            "failing fast: backend marked bad", "client disconnected",
-            "received signal"} <= {line["msg"] for line in jano_.lines}
+        status, usage, models = [await read(jano_, path) for path in (
+            "/status", "/usage", "/v1/models")]
+        told = [("/status", status), ("lastError", status["lastError"]),
+                ("/usage", usage["records"][0]), ("/v1/models", models["data"][0])]
+    told += [(line["msg"], line) for line in jano_.lines]
+    assert {*ANCESTOR, "client disconnected", "jano stopped"} <= {kind for kind, _ in told}
+    for kind, names in told:
+        assert {*ANCESTOR.get(kind, "").split()} <= set(names), kind
     for line in jano_.lines:
         shape = [*list(line)[:3], line["t"][-1], type(line.get("id", ""))]
         assert shape == ["t", "level", "msg", "Z", str]
         assert line["level"] in ("info", "warn", "error")
-        assert line["msg"] != "served" or {"model", "status", "ms", "aborted"} <= set(line)
     assert not [word for word in ("secret", "answered_by") if word in str(jano_.lines)]
 
 
@@ -1799,21 +1820,28 @@ async def test_what_is_confided_to_jano_is_told_to_nobody(tmp_path: Path, chat: 
     assert "s3cret" not in str((shown, jano_.lines, files))
 
 
-def test_what_the_recorder_remembers_stops_growing() -> None:
-    recorder, tail = jano.Telemetry(500), jano.Tail()
-    tail.feed(KNOWN)
-    call: Any = SimpleNamespace(
-        id="1", model="chat", arrived=1.0, granted=2.0, first_byte=3.0, tail=tail, streaming=True,
-        request=SimpleNamespace(path="/v1/x"), failure="")
+@pytest.mark.parametrize("rounds", [5, pytest.param(50, marks=pytest.mark.soak)])
+def test_what_the_recorder_remembers_stops_growing(rounds: int) -> None:
+    recorder = jano.Telemetry(500)
     worker: Any = SimpleNamespace(group="default", loaded="chat")
-    sizes = []
-    for _ in range(3):
-        for count in range(12_000):
-            recorder.settled(call, 502 if count % 9 else 200, 4.0)
+
+    def call(body: bytes) -> Any:
+        tail = jano.Tail()
+        tail.feed(body)
+        return SimpleNamespace(id="1", model="chat", arrived=1.0, granted=2.0, first_byte=3.0,
+                               tail=tail, streaming=True, failure="",
+                               request=SimpleNamespace(path="/v1/x"))
+
+    empty, known, sizes = call(b""), call(KNOWN), []
+    for _ in range(rounds):
+        for count in range(20_000):
             recorder.arrived(worker, "ab"[count % 2])
+            recorder.settled(empty if count % 5 else known, 502 if count % 9 else 200, 4.0)
             recorder.swapped("a", "b", 0.3, count % 9 > 0)
         sizes.append(len(pickle.dumps(vars(recorder))))
-    assert sizes[2] <= sizes[1] * 1.001
+    assert sum(recorder.requests.values()) == rounds * 20_000
+    assert max(sizes) <= sizes[0] * 1.001  # the numbers get longer, and that is all
+
 
 async def test_who_waits_for_a_swap_that_fails_is_not_in_flight(
     tmp_path: Path, code: Backend
