@@ -1231,7 +1231,7 @@ class Jano:
         waiting = sum(worker.depth() for worker in self.workers.values())
         if self.stopping:
             raise ApiError(*SHUTTING_DOWN)
-        if worker := self.worker_of(call.to):
+        if not call.to.passthrough:
             if waiting >= self.settings.max_queue:
                 raise ApiError(503, f"the queue is full: {waiting} requests wait", "queue_full", 5)
             log("info", "enqueued", id=call.id, model=call.model)
