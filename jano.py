@@ -1152,8 +1152,11 @@ class Telemetry:
             return clean(str(value)).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
         health = status["backendHealth"].items()
+        loaded = [group["currentModel"] for group in status.get("groups", {"": status}).values()]
         family("uptime_seconds", "gauge", "Since the start.", [(time.time() - self.started,)])
         family("in_flight", "gauge", "Requests at a backend.", [(status["inFlight"],)])
+        family("model_loaded model", "gauge", "1: it owns its group's memory.",
+               [(model, int(model in loaded)) for model, _ in health])
         family("queue_depth model", "gauge", "Requests that wait.", status["queueByModel"].items())
         family("requests_total model status", "counter", "Finished requests; 499: the client left.",
                [(*key, count) for key, count in self.requests.items()])
