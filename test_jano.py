@@ -1747,11 +1747,32 @@ async def test_two_groups_are_shown_apart(tmp_path: Path, chat: Backend, code: B
         await asyncio.gather(*asks)
 
 
-def promtool(text: str) -> None:
+def promtool(text: str, *what: str) -> None:
     if tool := shutil.which("promtool"):
-        check = [tool, "check", "metrics"]
+        check = [tool, "check", *(what or ["metrics"])]
         said = subprocess.run(check, input=text.encode(), capture_output=True, check=False)
-        assert (said.returncode, said.stdout, said.stderr) == (0, b"", b"")
+        assert (said.returncode, said.stderr) == (0, b"")
+        assert what or not said.stdout
+
+
+def dashboard_fits(samples: list[tuple[str, str]]) -> None:
+    """The Grafana dashboard draws all that there is, by labels that there are, and no more."""
+    labels: dict[str, set[str]] = {}  # of each metric
+    for name, found in samples:
+        labels.setdefault(name, {"instance"}).update(re.findall('([a-z]+)="', found))
+    panels = json.loads((JANO.parent / "contrib/grafana.json").read_text())["panels"]
+    drawn: set[str] = set()
+    rules: list[dict[str, str]] = []
+    for target in [target for panel in panels for target in panel["targets"]]:
+        names = re.findall(r"jano_(\w+)", target["expr"])
+        by = re.findall(r"by \((.+?)\)|(\w+)=|{{(\w+)}}", target["expr"] + target["legendFormat"])
+        used = {label for found in by for label in ", ".join(found).split(", ")} - {""}
+        assert names
+        assert used <= set.intersection(*(labels[name] for name in names)), target
+        drawn.update(re.sub("_(bucket|sum|count)$", "", name) for name in names)
+        rules.append({"record": f"x{len(rules)}", "expr": re.sub(r"\$__\w+", "5m", target["expr"])})
+    promtool(json.dumps({"groups": [{"name": "x", "rules": rules}]}), "rules", "/dev/stdin")
+    assert drawn == {re.sub("_(bucket|sum|count)$", "", name) for name in labels}
 
 
 async def test_metrics_agree_with_status(tmp_path: Path, chat: Backend, code: Backend) -> None:
@@ -1779,6 +1800,7 @@ async def test_metrics_agree_with_status(tmp_path: Path, chat: Backend, code: Ba
             "swaps_avoided": status["swapsAvoided"], "swap_duration_seconds_count": 3,
             "swap_time_saved_seconds": pytest.approx(status["swapTimeSavedMs"] / 1000),
             "swap_duration_seconds_sum": pytest.approx(took, abs=0.002),
+            "model_loaded model=no": 0, "model_loaded model=code": 0, "model_loaded model=evil": 0,
             "queue_depth model=no": 0, "queue_depth model=code": 0, "queue_depth model=evil": 0,
             "backend_up model=no": 0, "backend_up model=code": 0, "backend_up model=evil": 0,
             "swaps_total from= to=evil": 1, "swaps_total from=evil to=code": 1,
@@ -1789,6 +1811,7 @@ async def test_metrics_agree_with_status(tmp_path: Path, chat: Backend, code: Ba
             "prompt_tokens_total model=evil": 18,
             "generation_tokens_per_second model=evil": status["tokSByModel"][evil]}
         assert found == wanted
+    dashboard_fits([(name, labels) for name, labels, _ in lines])
 
 
 async def test_what_is_confided_to_jano_is_told_to_nobody(tmp_path: Path, chat: Backend) -> None:
