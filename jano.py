@@ -1170,9 +1170,8 @@ class Telemetry:
         family("swap_failures_total model", "counter", "Swaps failed.", self.swap_failures.items())
         family("swaps_avoided", "gauge", "Changes of model in order of arrival, minus swaps made.",
                [(status["swapsAvoided"],)])
-        saved = status["swapTimeSavedMs"]  # None while no swap has been measured
         family("swap_time_saved_seconds", "gauge", "Swaps avoided, times the mean swap's duration.",
-               [] if saved is None else [(saved / 1000,)])
+               [(saved / 1000,) for saved in [status["swapTimeSavedMs"]] if saved is not None])
         family("backend_up model", "gauge", "1: it was fine when last heard of.",
                [(model, int(state == "up")) for model, state in health])
         family("swap_duration_seconds", "histogram", "From the script's start until ready.", [])
@@ -1735,14 +1734,15 @@ text:not(.on) { paint-order: stroke; stroke: var(--card) } .run, .held { fill: v
 .bad, .lost { fill: none; stroke: var(--bad); stroke-dasharray: 3 } #fault { color: var(--bad) }
 </style><header><h1>jano</h1><p id="loaded" aria-live="polite">…</p><p id="saved"></p></header>
 <main><p class="dim">One model fits in memory. What is asked of it is answered first; only then
-is another swapped in.</p><p id="fault" role="alert"></p><form id="door" hidden><label
-for="key">API key</label> <input id="key" type="password" pattern="[ -~]+" autocomplete="off">
+is another swapped in.</p><p id="fault" role="alert"></p><form id="door" hidden><label for="key">
+API key</label> <input id="key" type="password" size="14" pattern="[ -~]+" autocomplete="off">
 <button>Show</button></form><div id="view" hidden><ul id="tiles"></ul><section id="idle">
 <h2>Nothing has been asked yet. Try:</h2><pre id="hint"></pre></section><section id="order">
-<h2>As asked</h2><ol id="asked"></ol><h2>As answered</h2><ol id="answered"></ol></section>
-<h2>Timeline</h2><svg id="chart" role="img"><g></g><g></g></svg><p class="dim">Each bar is a
-request: hollow = waiting, solid = being answered, dashed ✕ = failed. Stripe = swap, tint =
-loaded, ▶ = another model. <span id="quiet"></span></p></div></main><script type="module">
+<h2>Changes of model ▶ as asked: <b id="asked-turns"></b></h2><ol id="asked"></ol>
+<h2>Changes of model ▶ as answered: <b id="answered-turns"></b></h2><ol id="answered"></ol>
+</section><h2>Timeline</h2><svg id="chart" role="img"><g></g><g></g></svg><p class="dim">Each bar is
+a request: hollow = waiting, solid = being answered, dashed ✕ = failed. Stripe = swap, tint =
+loaded. <span id="quiet"></span></p></div></main><script type="module">
 const $ = id => document.getElementById(id), [under, over] = $("chart").children;
 let key = sessionStorage.getItem("jano-key") ?? "", skew = 0, view = 0, begun = new Map();
 function add(parent, tag, set, text = "") {                 // text stays text, whoever wrote it
@@ -1751,11 +1751,12 @@ function add(parent, tag, set, text = "") {                 // text stays text, 
 const box = (g, css, x, y, width, height) => add(g, "rect", {class: css, x, y, width, height});
 const write = (text, css, x, y) => add(over, "text", {class: css, x, y}, text);
 const say = (id, text) => { if ($(id).textContent !== text) $(id).textContent = text; };
-const span = ms => ms < 99500 ? (ms / 1000).toFixed(1) + " s" : Math.round(ms / 6e4) + " min";
+const span = ms => ms < 99500 ? (ms / 1e3).toFixed(1) + " s" : ms < 6e6 ?
+  Math.round(ms / 6e4) + " min" : Math.round(ms / 36e5) + " h";
 const short = (name, most = 12) => String.fromCodePoint(0x2068) + ([...name].length > most
   ? [...name].slice(0, most - 1).join("") + "…" : name) + String.fromCodePoint(0x2069);
 function show(s, {records}, at) {                             // all times in epoch milliseconds
-  const swaps = s.recentSwaps, bars = new Map(), now = new Map(), quiet = [];
+  const swaps = s.recentSwaps, bars = new Map(), now = new Map(), quiet = [], e = s.lastError;
   for (const w of swaps) w.end = Date.parse(w.ts), w.start = w.end - w.ms;
   for (const b of [...s.active, ...records]) {         // who is in both has finished in between
     b.end = b.ts ? Date.parse(b.ts) : Infinity, b.start = Math.min(b.end, at) - b.total_ms;
@@ -1787,6 +1788,7 @@ function show(s, {records}, at) {                             // all times in ep
   $("order").hidden = !($("idle").hidden = all.length > 0), recent.forEach(li(lists[1]));
   recent.filter(b => b.turn < b.end).sort((a, b) => a.turn - b.turn).forEach(li(lists[2]));
   for (const ul of lists) if (!ul.isEqualNode($(ul.id))) $(ul.id).replaceWith(ul);
+  for (const ul of lists.slice(1)) say(ul.id + "-turns", "" + ul.querySelectorAll(".turn").length);
   const to = all[0] ? Math.min(at, Math.max(...[...all, ...swaps].map(b => b.end)) + 1e3) : at;
   const need = Math.max(1e4, ...all.map(b => b.end > to - 1e4 && to - b.start));
   view = view < need || view > need * 3 ? need * 1.2 : view;     // ms on show; the last: to
@@ -1817,7 +1819,8 @@ function show(s, {records}, at) {                             // all times in ep
     write([full, took].find(t => t.length * 7 < x1 - edge) ?? "", "end", edge = x1, 13); }
   for (const t of [to, to - view / 2])
     write(t < at ? span(at - t) + " ago" : "now", "dim end", x(t), y + 14);
-  $("chart").setAttribute("height", y + 22), say("quiet", quiet[0] ? "Quiet:" + quiet : ""); }
+  $("chart").setAttribute("height", y + 22), say("quiet", (quiet[0] ? `Quiet:${quiet}. ` : "") +
+    (e ? `Last failure: ${short(e.model)}, ${short(e.message, 200)}.` : "")); }
 $("door").onsubmit = e => { e.preventDefault(), key = $("key").value, $("door").hidden = true };
 for (;; await new Promise(wake => setTimeout(wake, 1000))) try {
   if (document.hidden || !$("door").hidden) continue;
