@@ -1,8 +1,8 @@
 """The page in a real browser, in front of the real process: what it shows, to whom, how it looks.
 
-Run with `pytest -m browser`; `.ci/run` installs Debian's chromium and requirements-browser.txt.
-SHOTS=folder keeps a picture of every scene at either width and in either colour scheme, and
-`PICTURE=contrib/page.png pytest -m browser -k demo` makes the README's.
+Run with `pytest -m browser .ci/test_browser.py`, where Debian's chromium is and what
+requirements-browser.txt lists. SHOTS=folder keeps a picture of every scene at either width and in
+either colour scheme; with PICTURE=contrib/page.png and `-k demo` the README's is made.
 """
 
 from __future__ import annotations
@@ -157,7 +157,8 @@ async def test_burst_is_followed_live_from_the_first_request_to_the_last_answer(
               - alert
               - list:
                 - listitem: 1 swaps made
-              - heading "As asked" [level=2]
+              - heading /as asked. 3/ [level=2]
+              - heading /as answered. 1/ [level=2]
               - heading "Timeline" [level=2]
               - img /code.* is loaded · 0 waiting/""")
         await page.evaluate("window.kept = document.querySelector('#answered li')")
@@ -179,6 +180,7 @@ async def test_names_are_inert(browse: Browse, tmp_path: Path, chat: Backend) ->
             await asyncio.gather(*await queue(jano, *HOSTILE))
             for name in HOSTILE:
                 await expect(page.locator("#chart")).to_contain_text(name[:29])
+            await expect(page.locator("#quiet")).to_contain_text("\u2069, \u2068the backend")
             for mark, count in (("script", 1), ("img, i", 0), (".bad", 12), (".lost", 1)):
                 await expect(page.locator(mark)).to_have_count(count)
             await inspect(page, "hostile")
