@@ -1541,8 +1541,16 @@ async def test_status_says_what_is_going_on(tmp_path: Path, chat: Backend, code:
         for count, model in enumerate(["chat", "code", "chat"], 3):
             asks.append(asyncio.create_task(jano_.ask(model)))
             await jano_.logged("enqueued", count)
-        await shows(jano_, currentModel="code", swapping=None, inFlight=2, queueDepth=3,
-                    queueByModel=NONE | {"chat": 2, "code": 1}, swapsTotal=1, swapsAvoided=3)
+        found = await shows(
+            jano_, currentModel="code", swapping=None, inFlight=2, queueDepth=3,
+            queueByModel=NONE | {"chat": 2, "code": 1}, swapsTotal=1, swapsAvoided=3)
+        active = found["active"]
+        assert [(call["id"], call["model"], call["state"]) for call in active] == [
+            ("3", "code", "running"), ("4", "ears", "running"),
+            ("5", "chat", "waiting"), ("6", "code", "waiting"), ("7", "chat", "waiting")]
+        assert active[0]["queue_ms"] >= least * 1000 > active[1]["queue_ms"]
+        assert active[0]["total_ms"] > active[0]["queue_ms"]
+        assert found["oldestWaitingMs"] == active[2]["queue_ms"] == active[2]["total_ms"]
         chat.release.set()
         code.release.set()
         assert [status for status, _ in await asyncio.gather(*asks)] == [200] * 5
@@ -1843,19 +1851,34 @@ async def test_what_is_confided_to_jano_is_told_to_nobody(tmp_path: Path, chat: 
     assert "s3cret" not in str((shown, jano_.lines, files))
 
 
+def over(body: bytes) -> Any:
+    """A call as it is when its answer has passed."""
+    tail = jano.Tail()
+    tail.feed(body)
+    return SimpleNamespace(
+        id="1", model="chat", arrived=1.0, granted=2.0, first_byte=3.0, tail=tail, streaming=True,
+        failure="", request=SimpleNamespace(path="/v1/x"))
+
+
+def test_what_was_recent_is_so_no_more_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1e9
+    monkeypatch.setattr(jano, "time", SimpleNamespace(time=lambda: now))
+    recorder = jano.Telemetry(500)
+    recorder.settled(over(KNOWN), 502, 4.0)
+    recorder.swapped("a", "chat", 0.3, True)
+    recent = ("requestsPerMinute", "errorsLast15m", "swapsLast15m", "swapsLastHour", "swapsTotal")
+    for now, *wanted in ((1e9, 1, 1, 1, 1, 1), (1e9 + 59, 1, 1, 1, 1, 1), (1e9 + 61, 0, 1, 1, 1, 1),
+                         (1e9 + 899, 0, 1, 1, 1, 1), (1e9 + 901, 0, 0, 0, 1, 1),
+                         (1e9 + 3599, 0, 0, 0, 1, 1), (1e9 + 3601, 0, 0, 0, 0, 1)):
+        status = recorder.status(["chat"])
+        assert [status[name] for name in recent] == wanted
+        assert status["uptimeSeconds"] == now - 1e9
+
+
 @pytest.mark.parametrize("rounds", [5, pytest.param(50, marks=pytest.mark.soak)])
 def test_what_the_recorder_remembers_stops_growing(rounds: int) -> None:
-    recorder = jano.Telemetry(500)
+    recorder, empty, known, sizes = jano.Telemetry(500), over(b""), over(KNOWN), []
     worker: Any = SimpleNamespace(group="default", loaded="chat")
-
-    def call(body: bytes) -> Any:
-        tail = jano.Tail()
-        tail.feed(body)
-        return SimpleNamespace(id="1", model="chat", arrived=1.0, granted=2.0, first_byte=3.0,
-                               tail=tail, streaming=True, failure="",
-                               request=SimpleNamespace(path="/v1/x"))
-
-    empty, known, sizes = call(b""), call(KNOWN), []
     for _ in range(rounds):
         for count in range(20_000):
             recorder.arrived(worker, "ab"[count % 2])
