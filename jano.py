@@ -1111,8 +1111,8 @@ class Telemetry:
             if 200 <= status < 300:
                 served[model] = served.get(model, 0) + count
 
-        def since(times: Iterable[float], seconds: int) -> int:
-            return sum(when > now - seconds for when in times)
+        def since(times: deque[float], seconds: int) -> int:
+            return len(times) - bisect_left(times, now - seconds)
 
         def rate(name: str) -> float | None:
             rates = self.rates.get(name)
