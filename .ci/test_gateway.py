@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.gateway, pytest.mark.filterwarnings("ignore")]  # libr
 KEY = "the-right-key"
 MODELS = ("chat", "code")
 PLACES = {"one": "192.168.1.11:8082", "two": "192.168.1.12:8082"}  # in the files
-STARTS = 60  # seconds that a gateway may take to start; LiteLLM is large
+STARTS = 120  # seconds that a gateway may take to start; LiteLLM is large
 NOTICES = 30  # seconds that it may take to notice that a jano is dead, or back
 NGINX = """
 daemon off; pid nginx.pid; error_log stderr warn; events {}
