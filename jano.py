@@ -435,16 +435,14 @@ def decide(state: Schedule, now: float) -> Decision:
 class Worker(Schedule):
     """One group's owner: grants turns, and alone changes what is loaded.
 
-    Handlers enqueue and leave between two awaits, so nobody ever sees a half changed state. The
-    lock is for what takes time: it is held while the memory changes hands, and a reload of
-    models.json waits for it, so that a swap ends with the configuration that it began with.
+    Handlers enqueue and leave between two awaits, and so does a reload of models.json take over:
+    nobody ever sees a half changed state. A swap ends with the Model that it began with.
     """
 
     def __init__(self, group: str, jano: Jano) -> None:
         self.group, self.jano, self.settings = group, jano, jano.settings
         super().__init__(self.settings.max_turn_ms / 1000, self.settings.linger_ms / 1000)
         self.models: dict[str, Model] = {}
-        self.lock = asyncio.Lock()
         self.changed = asyncio.Event()  # something that a decision depends on
         self.closed: tuple[Any, ...] = ()  # why it takes no ticket any more, for ApiError
         self.swapping: str | None = None
@@ -516,11 +514,10 @@ class Worker(Schedule):
 
     async def run(self) -> None:
         """Decide, act, wait for a change; for ever."""
-        async with self.lock:
-            if loaded := await self.detect():
-                self.load(loaded, clock())
-                self.jano.telemetry.detected(self, loaded)
-            log("info", "worker started", group=self.group, loaded=loaded)
+        if loaded := await self.detect():
+            self.load(loaded, clock())
+            self.jano.telemetry.detected(self, loaded)
+        log("info", "worker started", group=self.group, loaded=loaded)
         while True:
             self.changed.clear()
             _, swap_to, until = self.admit()
@@ -561,20 +558,19 @@ class Worker(Schedule):
 
     async def swap(self, model: Model) -> None:
         """Make model the loaded one; where that fails, so do the tickets that wait for it."""
-        async with self.lock:
-            previous, draining_since, failed = self.loaded, self.draining_since or clock(), None
-            # From here on nobody may be sent to the old model, nor to a half-started new one.
-            self.unload(clock())
-            self.swapping, self.swap_started = model.name, clock()
-            log("info", "swap requested", model=model.name, previous=previous)
-            try:
-                await self.bring_up(model, previous or "")
-            except SwapFailed as error:
-                failed = error
-            finally:
-                seconds = clock() - self.swap_started
-                self.swap_seconds += seconds
-                self.swapping = self.draining_since = None
+        previous, draining_since, failed = self.loaded, self.draining_since or clock(), None
+        # From here on nobody may be sent to the old model, nor to a half-started new one.
+        self.unload(clock())
+        self.swapping, self.swap_started = model.name, clock()
+        log("info", "swap requested", model=model.name, previous=previous)
+        try:
+            await self.bring_up(model, previous or "")
+        except SwapFailed as error:
+            failed = error
+        finally:
+            seconds = clock() - self.swap_started
+            self.swap_seconds += seconds
+            self.swapping = self.draining_since = None
         took = {"model": model.name, "ms": ms(seconds)}
         if failed and not failed.reason:
             log("info", "swap abandoned: nobody waits for it", **took)
@@ -635,22 +631,22 @@ class Worker(Schedule):
     async def detect(self) -> str | None:
         """What is loaded already, as `SWAP_COMMAND status` says, or else the backends' health."""
         lines = {line.strip() for line in (await self.run_script("status", 5)).splitlines()}
-        for name in self.models:
-            if f"{name}: loaded" in lines:
-                return name
-        urls = Counter(model.url for model in self.models.values())
-        for model in self.models.values():  # of two behind one address, health cannot tell which
+        models = list(self.models.values())  # as a reload may change them while we ask
+        for model in models:
+            if f"{model.name}: loaded" in lines:
+                return model.name
+        urls = Counter(model.url for model in models)
+        for model in models:  # of two behind one address, health cannot tell which
             if urls[model.url] == 1 and await self.probe(model):
                 return model.name
         return None
 
     async def unload_idle(self) -> None:
-        async with self.lock:
-            previous = self.loaded or ""
-            self.unload(clock())
-            self.jano.telemetry.last_arrived.pop(self.group, None)  # a naive proxy loads anew, too
-            log("info", "unload requested", model=previous)
-            await self.run_script("unload", self.settings.swap_wait_timeout_ms / 1000, previous)
+        previous = self.loaded or ""
+        self.unload(clock())
+        self.jano.telemetry.last_arrived.pop(self.group, None)  # a naive proxy loads anew, too
+        log("info", "unload requested", model=previous)
+        await self.run_script("unload", self.settings.swap_wait_timeout_ms / 1000, previous)
 
     async def run_script(self, argument: str, timeout: float, previous: str = "") -> str:
         """What the script prints, if it can be run."""
@@ -1208,7 +1204,7 @@ class Jano:
             allowed = map(host_name, words(settings.jano_allowed_hosts))
             self.hosts = {host, *LOOPBACK, *allowed} - {""}
 
-    async def adopt(self, models: list[Model]) -> None:
+    def adopt(self, models: list[Model]) -> None:
         """Use these models from now on; queued tickets and what is loaded stay as they are."""
         groups: dict[str, list[Model]] = {}
         for model in models:
@@ -1216,9 +1212,10 @@ class Jano:
                 groups.setdefault(model.group, []).append(model)
         for group, members in groups.items():
             worker = self.workers.get(group) or Worker(group, self)
-            async with worker.lock:  # what is gone from the file stays, for its queued tickets
-                worker.models.update({model.name: model for model in members})
-                worker.slots.update({model.name: model.slots for model in members})
+            # What is gone from the file stays, for its queued tickets.
+            worker.models.update({model.name: model for model in members})
+            worker.slots.update({model.name: model.slots for model in members})
+            worker.advance()
             self.workers[group] = worker
         self.models = {model.name: model for model in models}
         self.names = {name.casefold(): model
@@ -1562,7 +1559,7 @@ def make_app(settings: Settings, models: list[Model]) -> web.Application:
             cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False,
         ) as session:
             app[JANO] = Jano(settings, session)
-            await app[JANO].adopt(models)
+            app[JANO].adopt(models)
             yield
             for worker in app[JANO].workers.values():
                 worker.close(*SHUTTING_DOWN)
@@ -1599,12 +1596,9 @@ async def run(settings: Settings, models: list[Model],
 
     background: set[asyncio.Future[None]] = set()  # for the loop's own references are weak
 
-    def on_hangup() -> None:
-        background.add(asyncio.ensure_future(reload(jano)))
-
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
-    loop.add_signal_handler(signal.SIGHUP, on_hangup)
+    loop.add_signal_handler(signal.SIGHUP, reload, jano)
     await listener.start_serving()
     port = listener.sockets[0].getsockname()[1]
     log("info", "jano listening", host=settings.jano_host, port=port, models=list(jano.models))
@@ -1630,10 +1624,10 @@ async def run(settings: Settings, models: list[Model],
     return 0
 
 
-async def reload(jano: Jano) -> None:
+def reload(jano: Jano) -> None:
     """SIGHUP: read models.json again; one with faults changes nothing."""
     try:
-        await jano.adopt(load_models(jano.settings))
+        jano.adopt(load_models(jano.settings))
     except ConfigError as error:
         log("error", "models not reloaded", faults=str(error).splitlines())
     else:
