@@ -1283,6 +1283,34 @@ async def test_sighup_loses_no_ticket(tmp_path: Path, chat: Backend, code: Backe
         assert calls(tmp_path) == ["code", "new"]  # chat was not loaded anew
 
 
+async def test_sighup_counts_at_once_whatever_its_models_are_doing(
+    tmp_path: Path, chat: Backend, code: Backend
+) -> None:
+    moved = Backend("moved")
+    await moved.start()
+    ears, chat.answer = entry(chat, name="ears", group="gpu1"), chat.held
+    steps = [[{**ears, "slots": 2}, entry(code, name="new")],  # another follows soon
+             [{**ears, "url": moved.url, "passthrough": True}, entry(moved, group="gpu1")]]
+    models, script = [entry(chat), entry(code), ears], gated_script(tmp_path)
+    async with running_jano(tmp_path, models, script) as jano_:
+        asks = await queued(jano_, "code", "ears", "ears", "ears")
+        await event(until(lambda: calls(tmp_path) == ["code"]))  # from here on it is swapped in
+        await event(chat.arrived.get())
+        for number, step in enumerate(steps, 1):
+            (tmp_path / "models.json").write_text(json.dumps({"models": step}))
+            jano_.process.send_signal(signal.SIGHUP)
+            await jano_.logged("models reloaded", number)
+        await event(chat.arrived.get())  # in the second slot
+        assert await jano_.ask("ears") == (200, {"answered_by": "moved"})
+        assert [(await jano_.ask(gone))[0] for gone in ("code", "new")] == [400, 400]
+        asks += await queued(jano_, "moved")
+        chat.release.set()
+        (tmp_path / "go").touch()
+        assert await statuses(asks) == [200] * 5
+        assert called(tmp_path) == ["code previous=chat", "moved previous=ears group=gpu1"]
+    await moved.stop()
+
+
 async def test_idle_model_is_unloaded_once(tmp_path: Path, chat: Backend, code: Backend) -> None:
     async with running_jano(tmp_path, [entry(chat), entry(code)], IDLE_UNLOAD_MS=100) as jano_:
         await event(until(lambda: calls(tmp_path) == ["unload"]))  # idle since the start
