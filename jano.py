@@ -66,7 +66,7 @@ from urllib.parse import urlsplit
 import aiohttp
 from aiohttp import web
 from aiohttp.base_protocol import BaseProtocol
-from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.http_exceptions import ContentEncodingError, HttpProcessingError
 from aiohttp.typedefs import Handler
 
 __version__ = "1.0.0"
@@ -1530,7 +1530,10 @@ class Connection(web.RequestHandler):
             raise ConnectionError
         if status < 500:
             log("warn", "bad request", error=kind_of(exc))
-            response = ApiError(status, "this is not valid HTTP", "invalid_http").response()
+            error = ApiError(status, "this is not valid HTTP", "invalid_http")
+            if isinstance(exc, ContentEncodingError):  # br or zstd, without their packages
+                error = ApiError(status, "send the body as gzip, deflate or plain", "invalid_body")
+            response = error.response()
         else:
             log("error", "handler failed", error=kind_of(exc))
             response = ApiError(status, "jano failed; its log says where", "bug").response()
