@@ -486,6 +486,9 @@ TE, CHUNKS = "Transfer-Encoding:", '11\r\n{"model": "chat"}\r\n0\r\n\r\n'
         "400 invalid_json": ["POST /x HTTP/1.0", *(f"POST /x||{body}" for body in (
             " ", "null", "[]", "7", '"chat"', "{", "\xff", f"{ASK} x", "[" * 100_000,
             '{"model": ' * 100_000, '{"model": "chat", "n": ' + "9" * 5000 + "}"))],
+        "400 invalid_body": [  # also where aiohttp lacks br or zstd
+            f"POST /x|Content-Length: 17|Content-Encoding: {coding}||{ASK}"
+            for coding in ("br", "zstd", "gzip", "deflate")],
         '400 "model_not_found"}, "accepted": ["chat", "Fast"]}': ["POST /x||{}", *(
             f'POST /x||{{"model": {value}}}' for value in (
                 "null", '"none"', '["chat"]', "1e999", "9" * 4000, r'"\ud800\n"', '"chat\xff"'))],
