@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from test_jano import JANO, Backend, Running, entry, event, running_jano
+from test_jano import JANO, Backend, Running, entry, event, running_jano, swap_script
 
 pytestmark = [pytest.mark.engines, pytest.mark.filterwarnings("ignore")]  # openai's own warnings
 
@@ -276,6 +276,32 @@ async def test_ollama_and_vllm_know_a_model_by_their_own_name_only(tmp_path: Pat
         async with jano.session.post(url, json={"model": "right"}) as native:
             assert await native.json() == {"model": "qwen3:8b"}
         assert engine.requests[-1].path == "/api/chat"
+    await engine.stop()
+
+
+async def test_ollamas_own_streams_are_lines_of_json_however_long_the_swap(tmp_path: Path) -> None:
+    """Its clients parse each line, so that a comment, or an empty line, would be an error."""
+    async def lines(request: web.Request) -> web.Response:
+        return web.Response(text=text, content_type="application/x-ndjson")
+
+    engine, text = Imitation(OLLAMA), '{"done":false}\n{"done":true}\n'
+    await engine.start()
+    engine.answer = lines
+    script = swap_script(tmp_path, f"""[ $1 = status ] ||
+        until [ -e "{tmp_path}/go" ]; do sleep 0.02; done""")
+    models = [entry(engine), {**entry(engine), "name": "other"}]
+    async with running_jano(tmp_path, models, script, HEARTBEAT_MS=20) as jano:
+        body = {"model": "chat", "stream": True}
+        native = asyncio.create_task(jano.session.post(f"{jano.url}/api/chat", json=body))
+        await jano.logged("swap requested", model="chat")
+        async with jano.session.post(f"{jano.url}/v1/chat/completions", json=body) as beaten:
+            for _ in range(3):  # as long a wait as that of the other one
+                await event(beaten.content.readuntil(b": waiting\n\n"))
+            assert not native.done()
+            (tmp_path / "go").touch()
+            async with await event(native) as answer:
+                assert answer.content_type == "application/x-ndjson"
+                assert await answer.text() == text
     await engine.stop()
 
 
