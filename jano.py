@@ -646,7 +646,8 @@ class Worker(Schedule):
         self.unload(clock())
         self.jano.telemetry.last_arrived.pop(self.group, None)  # a naive proxy loads anew, too
         log("info", "unload requested", model=previous)
-        await self.run_script("unload", self.settings.swap_wait_timeout_ms / 1000, previous)
+        limit = min(30, self.settings.swap_wait_timeout_ms / 1000)  # as whoever comes now waits
+        await self.run_script("unload", limit, previous)
 
     async def run_script(self, argument: str, timeout: float, previous: str = "") -> str:
         """What the script prints, if it can be run."""
