@@ -1324,6 +1324,19 @@ async def test_idle_model_is_unloaded_once(tmp_path: Path, chat: Backend, code: 
     assert called(tmp_path) == ["unload previous=chat", "code previous=", "unload previous=code"]
 
 
+@pytest.mark.parametrize(("body", "code_"), [("exit 3", 3), ("sleep 60", -15)])
+async def test_unload_that_fails_or_hangs_costs_no_request(
+    tmp_path: Path, chat: Backend, body: str, code_: int
+) -> None:
+    script = swap_script(tmp_path, f"[ $1 != unload ] || {body}")
+    settings = {"IDLE_UNLOAD_MS": 300, "SWAP_WAIT_TIMEOUT_MS": 1000}  # at most 30 s for unload
+    async with running_jano(tmp_path, [entry(chat)], script, **settings) as jano_:
+        await event(until(lambda: calls(tmp_path) == ["unload"]))
+        assert (await event(jano_.ask("chat")))[0] == 200
+        await jano_.logged("unload failed", code=code_)
+        assert calls(tmp_path)[:2] == ["unload", "chat"]
+
+
 async def test_streaming_client_that_waits_gets_comments_then_the_stream_or_one_error_frame(
         tmp_path: Path, chat: Backend, code: Backend) -> None:
     async def answer(_: web.Request) -> web.Response:
