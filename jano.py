@@ -1357,8 +1357,8 @@ async def read_call(jano: Jano, request: web.Request) -> Call:
             raise
     name = hint if name is None else name
     if name is None:
-        route = request.path.removeprefix("/v1").strip("/")
-        model = next((m for m in jano.models.values() if route in m.endpoints), None)
+        route = bare(request.path)
+        model = next((m for m in jano.models.values() if route in map(bare, m.endpoints)), None)
     else:
         model = jano.names.get(name.casefold()) if isinstance(name, str) else None
     if model is None:
@@ -1374,6 +1374,11 @@ async def read_call(jano: Jano, request: web.Request) -> Call:
     streaming = fields.get("stream") is True and not request.path.startswith("/api/")
     return Call(model=model.name, arrived=clock(), tier=tier, id=str(jano.last_id), jano=jano,
                 request=request, to=model, body=body, streaming=streaming, tail=Tail())
+
+
+def bare(route: str) -> str:
+    """As the example in `endpoints` has it, however it is written there."""
+    return f"/{route.strip('/')}".removeprefix("/v1/").strip("/")
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
