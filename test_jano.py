@@ -673,7 +673,7 @@ async def raw(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[R
         {"name": "chat", "url": url},
         {"name": "up", "url": f"{url}/u/p/v1/", "upstream_model": "org/Ä-7B", **resident},
         {"name": "asr", "url": f"{url}/asr/", "aliases": ["Ünï/8b"], **resident,
-         "endpoints": ["audio/transcriptions", "rerank"]}]
+         "endpoints": ["audio/transcriptions", "/v1/rerank/"]}]
     async with running_jano(tmp_path, models, **getattr(request, "param", {})) as backend.jano:
         yield backend
     backend.server.close()
