@@ -179,8 +179,9 @@ class Soak:
                 outcome = "VIOLATION"
                 self.violations.append(f"{kind} {nonce}: {error!r}")
             self.outcomes[kind, outcome] += 1
-            # Now and then it is calm: a flex request needs a moment in which nobody else waits.
-            await asyncio.sleep(rng.uniform(0, 3 if time.time() % 10 > 7 else 0.3))
+            await asyncio.sleep(rng.uniform(0, 0.3))
+            if (beat := time.time() % 25) > 15:  # a flex request needs ten seconds of calm
+                await asyncio.sleep(25 - beat)
 
     async def ask(self, rng: random.Random, kind: str, nonce: str) -> tuple[str, tuple[int, int]]:
         """One request: what came of it, and how often it must and may have reached a backend."""
