@@ -436,13 +436,15 @@ class Worker(Schedule):
     """One group's owner: grants turns, and alone changes what is loaded.
 
     Handlers enqueue and leave between two awaits, and so does a reload of models.json take over:
-    nobody ever sees a half changed state. A swap ends with the Model that it began with.
+    nobody ever sees a half changed state. A swap ends with the Model that it began with. The lock
+    is held while SWAP_COMMAND runs: two at once would fight for the memory.
     """
 
     def __init__(self, group: str, jano: Jano) -> None:
         self.group, self.jano, self.settings = group, jano, jano.settings
         super().__init__(self.settings.max_turn_ms / 1000, self.settings.linger_ms / 1000)
         self.models: dict[str, Model] = {}
+        self.lock = asyncio.Lock()
         self.changed = asyncio.Event()  # something that a decision depends on
         self.closed: tuple[Any, ...] = ()  # why it takes no ticket any more, for ApiError
         self.swapping: str | None = None
@@ -514,7 +516,9 @@ class Worker(Schedule):
 
     async def run(self) -> None:
         """Decide, act, wait for a change; for ever."""
-        if loaded := await self.detect():
+        async with self.lock:
+            loaded = await self.detect()
+        if loaded:
             self.load(loaded, clock())
             self.jano.telemetry.detected(self, loaded)
         log("info", "worker started", group=self.group, loaded=loaded)
@@ -523,9 +527,11 @@ class Worker(Schedule):
             _, swap_to, until = self.admit()
             idle_until = self.unload_at()
             if swap_to and not self.in_flight:
-                await self.swap(self.models[swap_to])
+                async with self.lock:
+                    await self.swap(self.models[swap_to])
             elif idle_until is not None and clock() >= idle_until:
-                await self.unload_idle()
+                async with self.lock:
+                    await self.unload_idle()
             else:
                 await self.wait_for_change(until or idle_until)
 
