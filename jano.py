@@ -1143,41 +1143,39 @@ class Telemetry:
         """status, and what it leaves out, as Prometheus text (exposition format 0.0.4)."""
         lines: list[str] = []
 
-        def family(name: str, kind: str, text: str, samples: Iterable[tuple[Any, ...]]) -> None:
-            """A sample: its labels' values in the order in which they follow name, then its own."""
+        def family(name: str, kind: str, text: str, samples: Mapping[Any, object]) -> None:
+            """name has its labels' names behind it; samples: the labels' values -> the sample."""
             name, *labels = name.split()
             lines.extend([f"# HELP jano_{name} {text}", f"# TYPE jano_{name} {kind}"])
-            for *found, value in samples:
-                pairs = ",".join(f'{label}="{quoted(is_)}"' for label, is_ in zip(labels, found))
+            for found, value in samples.items():
+                # JSON escapes what this format does: names of models hold no control character.
+                values = (json.dumps(str(each), ensure_ascii=False)
+                          for each in (found if isinstance(found, tuple) else [found]))
+                pairs = ",".join(map("=".join, zip(labels, values)))
                 lines.append(f"jano_{name}{{{pairs}}} {value}" if pairs else f"jano_{name} {value}")
 
-        def quoted(value: object) -> str:
-            return clean(str(value)).replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-
-        health = status["backendHealth"].items()
+        health, saved = status["backendHealth"], status["swapTimeSavedMs"]
         loaded = [group["currentModel"] for group in status.get("groups", {"": status}).values()]
-        family("uptime_seconds", "gauge", "Since the start.", [(time.time() - self.started,)])
-        family("in_flight", "gauge", "Requests at a backend.", [(status["inFlight"],)])
+        family("uptime_seconds", "gauge", "Since the start.", {(): time.time() - self.started})
+        family("in_flight", "gauge", "Requests at a backend.", {(): status["inFlight"]})
         family("model_loaded model", "gauge", "1: it owns its group's memory.",
-               [(model, int(model in loaded)) for model, _ in health])
-        family("queue_depth model", "gauge", "Requests that wait.", status["queueByModel"].items())
+               {model: int(model in loaded) for model in health})
+        family("queue_depth model", "gauge", "Requests that wait.", status["queueByModel"])
         family("requests_total model status", "counter", "Finished requests; 499: the client left.",
-               [(*key, count) for key, count in self.requests.items()])
-        family("tokens_generated_total model", "counter", "Tokens of answers.", self.tokens.items())
-        family("prompt_tokens_total model", "counter", "Tokens of prompts.",
-               self.prompt_tokens.items())
+               self.requests)
+        family("tokens_generated_total model", "counter", "Tokens of answers.", self.tokens)
+        family("prompt_tokens_total model", "counter", "Tokens of prompts.", self.prompt_tokens)
         family("generation_tokens_per_second model", "gauge", "Mean of the last 30 answers.",
-               status["tokSByModel"].items())
-        family("swaps_total from to", "counter", "Swaps made.",
-               [(*key, count) for key, count in self.swaps.items()])
-        family("swap_failures_total model", "counter", "Swaps failed.", self.swap_failures.items())
+               status["tokSByModel"])
+        family("swaps_total from to", "counter", "Swaps made.", self.swaps)
+        family("swap_failures_total model", "counter", "Swaps failed.", self.swap_failures)
         family("swaps_avoided", "gauge", "Changes of model in order of arrival, minus swaps made.",
-               [(status["swapsAvoided"],)])
+               {(): status["swapsAvoided"]})
         family("swap_time_saved_seconds", "gauge", "Swaps avoided, times the mean swap's duration.",
-               [(saved / 1000,) for saved in [status["swapTimeSavedMs"]] if saved is not None])
+               {} if saved is None else {(): saved / 1000})
         family("backend_up model", "gauge", "1: it was fine when last heard of.",
-               [(model, int(state == "up")) for model, state in health])
-        family("swap_duration_seconds", "histogram", "From the script's start until ready.", [])
+               {model: int(state == "up") for model, state in health.items()})
+        family("swap_duration_seconds", "histogram", "From the script's start until ready.", {})
         for bound, count in zip((*self.BUCKETS, "+Inf"), accumulate(self.swap_buckets)):
             lines.append(f'jano_swap_duration_seconds_bucket{{le="{bound}"}} {count}')
         lines.append(f"jano_swap_duration_seconds_sum {self.swap_seconds}")
