@@ -1866,26 +1866,25 @@ PAGE_HEADERS = {
 BURST = ["1.chat", "2.code", "3.chat", "4.chat", "5.code", "6.code"]
 TOY_BACKEND = """import http.server, sys, time
 class Toy(http.server.BaseHTTPRequestHandler):
-    def do_GET(self, answer=b"{}"):
+    def do_GET(self):
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
-        self.wfile.write(answer)
+        self.wfile.write(b'{"timings": {"predicted_n": 60, "predicted_per_second": 60}}')
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))
         time.sleep(1)  # to answer
-        self.do_GET(b'{"timings": {"predicted_n": 60, "predicted_per_second": 60}}')
+        self.do_GET()
 time.sleep(2)  # to load
 http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Toy).serve_forever()
 """
 TOY_SWAP = """#!/bin/sh
 cd "$(dirname "$0")"
-case $1 in
-status) for pid in *.pid; do [ -e $pid ] && echo "${pid%.pid}: loaded"; done; exit 0 ;;
-esac
-for pid in *.pid; do [ -e $pid ] && kill $(cat $pid) && rm $pid; done
-[ $1 = unload ] || { PYTHON toy.py $(cat $1.port) >/dev/null 2>&1 & echo $! >$1.pid; }
+if [ $1 = status ]; then exec cat loaded; fi
+if [ -e pid ]; then kill $(cat pid); rm pid loaded; fi
+if [ $1 = unload ]; then exit; fi
+PYTHON toy.py $(cat $1.port) >/dev/null 2>&1 & echo $! >pid
+echo "$1: loaded" >loaded
 """
 
 
@@ -1894,7 +1893,8 @@ def demo() -> int:
     with tempfile.TemporaryDirectory(prefix="jano demo ") as name:
         folder, screen, models = Path(name), sys.stdout, []
         for model in ("chat", "code"):
-            port = free_port(0)
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                port = free.getsockname()[1]
             (folder / f"{model}.port").write_text(str(port))
             models.append({"name": model, "url": f"http://127.0.0.1:{port}"})
         (folder / "models.json").write_text(json.dumps({"models": models}))
@@ -1902,8 +1902,7 @@ def demo() -> int:
         swap = folder / "swap.sh"
         swap.write_text(TOY_SWAP.replace("PYTHON", shlex.quote(sys.executable)))
         swap.chmod(0o700)
-        environ = {"SWAP_COMMAND": str(swap), "JANO_PORT": str(free_port(8082))}
-        settings = load_settings(environ, folder)
+        settings = load_settings({"SWAP_COMMAND": str(swap), "JANO_PORT": "0"}, folder)
         print("Two toy models share one memory: chat is loaded, a swap takes two seconds.")
         subprocess.run([swap, "chat"], check=True)
         time.sleep(2.5)  # until it is ready
@@ -1915,15 +1914,6 @@ def demo() -> int:
             subprocess.run([swap, "unload"], check=False)
 
 
-def free_port(wanted: int) -> int:
-    """wanted, or another one if that is taken."""
-    with socket.socket() as probe:
-        with contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", wanted))
-            return int(probe.getsockname()[1])
-    return free_port(0)
-
-
 async def burst(url: str, screen: TextIO) -> None:
     """Fire the six requests, then print who was served when."""
 
@@ -1933,22 +1923,19 @@ async def burst(url: str, screen: TextIO) -> None:
         return "".join(("  " if models[i] == models[i + 1] else "  ▶ swap ▶  ") + step
                        for i, step in enumerate(steps))
 
-    async def ask(step: str) -> None:
-        async with session.post(f"{url}/v1/chat/completions", json={"model": step[2:]}) as answer:
-            answer.raise_for_status()
+    async def ask(number: int, step: str) -> None:
+        await asyncio.sleep(number / 10)
+        async with session.post("/v1/chat/completions", json={"model": step[2:]}) as answer:
             await answer.read()
         served.append(step)
         print(f"  {clock() - begin:4.1f} s  {step} answered", file=screen, flush=True)
 
     print(f"Six requests at {url}:  {'  '.join(BURST)}\n", file=screen, flush=True)
     served: list[str] = []
-    asks, begin = [], clock()
-    async with aiohttp.ClientSession() as session:
-        for step in BURST:
-            asks.append(asyncio.ensure_future(ask(step)))
-            await asyncio.sleep(0.1)
-        await asyncio.gather(*asks)
-        async with session.get(f"{url}/status") as answer:
+    begin = clock()
+    async with aiohttp.ClientSession(url, raise_for_status=True) as session:
+        await asyncio.gather(*(ask(number, step) for number, step in enumerate(BURST)))
+        async with session.get("/status") as answer:
             status = await answer.json()
     made, saved = status["swapsTotal"], status["swapsAvoided"]
     print(f"\nA naive proxy, in order of arrival: {made + saved} swaps\n{row(BURST)}\n"
