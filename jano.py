@@ -995,19 +995,17 @@ class Tail:
         rb'|(?:prompt|predicted)_(?:n|per_second))"\s*:\s*([0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?)')
 
     def __init__(self) -> None:
-        self.head, self.tail = b"", bytearray()
+        self.head, self.tail = b"", b""
 
     def feed(self, chunk: bytes) -> None:
         if len(self.head) < self.KEEP:
             self.head += chunk[: self.KEEP]
-        self.tail += chunk[-self.KEEP :]
-        if len(self.tail) > 4 * self.KEEP:
-            del self.tail[: -self.KEEP]
+        self.tail = (self.tail + chunk[-self.KEEP :])[-self.KEEP :]
 
     def tokens(self) -> tuple[int | None, int | None, float | None, float | None]:
         """Prompt tokens, generated tokens, each per second; None: the backend does not say."""
         found = {name.decode(): float(number)  # the last one counts, as streams add up
-                 for name, number in self.NUMBER.findall(self.head + self.tail[-self.KEEP :])}
+                 for name, number in self.NUMBER.findall(self.head + self.tail)}
         found = {name: number for name, number in found.items() if number < 1e15}
 
         def first(*names: str) -> int | None:
