@@ -115,12 +115,12 @@ class Model:
 
     name: str
     url: str  # of the backend, without a trailing "/" or "/v1"
-    aliases: tuple[str, ...] = ()
+    aliases: Iterable[str] = ()
     label: str = ""
     group: str = "default"
     slots: int = 1
     passthrough: bool = False
-    endpoints: tuple[str, ...] = ()
+    endpoints: Iterable[str] = ()
     upstream_model: str = ""
     health: str = "/health"
     metadata: Mapping[str, Any] | None = None
@@ -210,7 +210,7 @@ def read_dotenv(path: Path, faults: list[str]) -> dict[str, str]:
 
 def find_command(command: str, directory: Path, faults: list[str]) -> tuple[str, ...]:
     """SWAP_COMMAND's argv: the path of a script (spaces and ~ allowed), or a command line."""
-    argv, fault = [command], ""
+    argv, fault = [command], "which is no file"
     if not os.path.isfile(directory / os.path.expanduser(command)):
         try:
             argv = shlex.split(command) or [""]
@@ -218,11 +218,8 @@ def find_command(command: str, directory: Path, faults: list[str]) -> tuple[str,
             fault = str(error)
     path = str(directory / os.path.expanduser(argv[0]))
     argv[0] = path if os.path.isfile(path) else shutil.which(argv[0]) or ""
-    if not argv[0]:
-        fault = fault or "which is no file"
-    elif not os.access(argv[0], os.X_OK):
-        fault = "which is not executable: chmod +x"
-    if fault:
+    if not os.access(argv[0], os.X_OK):
+        fault = "which is not executable: chmod +x" if argv[0] else fault
         found = f"found {shown(command)} ({fault})" if command else "not set"
         faults.append(f"SWAP_COMMAND: {found}, expected the path of your swap script")
     return tuple(argv)
@@ -242,22 +239,18 @@ def load_models(settings: Settings) -> list[Model]:
     owners: dict[str, str] = {}  # a name or alias, without its case -> the entry that has it
     models: list[Model] = []
     for index, entry in enumerate(registry["models"]):
-        where = f"{file}: models[{index}]"
-        if not isinstance(entry, dict):
-            faults.append(f"{where}: found {shown(entry)}, expected an object")
-            continue
-        where += f" {shown(entry['name'])}" if "name" in entry else ""
-        if wrong := check_entry(entry, settings):
-            faults += [f"{where}: {fault}" for fault in wrong]
+        named = isinstance(entry, dict) and "name" in entry
+        where = f"{file}: models[{index}]" + (f" {shown(entry['name'])}" if named else "")
+        if wrong := [f"{where}: {fault}" for fault in check_entry(entry, settings)]:
+            faults += wrong
             continue
         for name in (entry["name"], *entry.get("aliases", ())):
             other = owners.setdefault(name.casefold(), f"{where}: {name}")
             if other != f"{where}: {name}":
                 faults.append(f"{where}: found the name {shown(name)}, expected one that differs by"
                               f" more than case from {other}")
-        lists = {key: tuple(value) for key, value in entry.items() if isinstance(value, list)}
         url = entry["url"].rstrip("/").removesuffix("/v1").rstrip("/")
-        models.append(Model(**{**entry, **lists, "url": url}))
+        models.append(Model(**{**entry, "url": url}))
     if not faults and all(model.passthrough for model in models):
         faults.append(f"{file}: models: found {len(models)} entries and none to swap, expected at"
                       " least one that is not passthrough")
@@ -266,8 +259,10 @@ def load_models(settings: Settings) -> list[Model]:
     return models
 
 
-def check_entry(entry: dict[str, Any], settings: Settings) -> list[str]:
+def check_entry(entry: object, settings: Settings) -> list[str]:
     """The faults of one entry, each with its key."""
+    if not isinstance(entry, dict):
+        return [f"found {shown(entry)}, expected an object"]
     faults = [f"{key}: missing, expected {KEYS[key][1]}" for key in ("name", "url")
               if key not in entry]
     for key, value in entry.items():
