@@ -1463,7 +1463,8 @@ async def get_page(_: web.Request) -> web.Response:
 
 
 OWN_ROUTES = {"/health": get_status, "/status": get_status, "/v1/models": get_models,
-              "/models": get_models, "/usage": get_usage, "/metrics": get_metrics, "/": get_page}
+              "/v1/models/{id:.+}": get_models, "/models": get_models, "/usage": get_usage,
+              "/metrics": get_metrics, "/": get_page}
 
 
 @web.middleware
@@ -1471,14 +1472,18 @@ async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Who may ask at all; and every error in OpenAI's shape."""
     jano, headers = request.app[JANO], request.headers
     host, origin = headers.get("Host"), headers.get("Origin")
+    own = f"http://{host}".lower(), f"https://{host}".lower()
     try:
         if jano.hosts and host is not None and host_name(host) not in jano.hosts:
             # DNS rebinding: a web page's own name that points at 127.0.0.1 now.
             raise ApiError(403, "unknown Host, see JANO_ALLOWED_HOSTS", "host_not_allowed")
-        if origin is not None and not (jano.allows(origin) or same_site(origin, host)):
+        if origin is not None and origin.lower() not in own and not jano.allows(origin):
             raise ApiError(403, "unknown Origin, see JANO_CORS_ORIGINS", "origin_not_allowed")
         if request.method == "OPTIONS":
-            return web.Response(status=204, headers={"Allow": "GET, HEAD, POST, OPTIONS"})
+            asked = clean(headers.get("Access-Control-Request-Headers", "*"))
+            return web.Response(status=204, headers={
+                "Allow": "GET, HEAD, POST, OPTIONS", "Access-Control-Allow-Headers": asked,
+                "Access-Control-Allow-Methods": "GET, HEAD, POST", "Access-Control-Max-Age": "600"})
         if not jano.may_ask(request) and request.path not in ("/", "/health"):
             raise ApiError(401, "the API key is missing or wrong", "invalid_api_key")
         return await handler(request)
@@ -1486,10 +1491,6 @@ async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         return error.response()
     except web.HTTPException as error:
         return ApiError(error.status, error.reason, "http_error").response()
-
-
-def same_site(origin: str, host: str | None) -> bool:
-    return re.sub("^https?://", "", origin.lower()) == (host or "").lower()
 
 
 def host_name(host: str) -> str:
@@ -1517,11 +1518,6 @@ async def finish_headers(request: web.Request, response: web.StreamResponse) -> 
         headers["Access-Control-Allow-Origin"] = origin
         headers["Access-Control-Expose-Headers"] = "x-request-id, Server-Timing, Retry-After"
         headers.add("Vary", "Origin")
-        if request.method == "OPTIONS":
-            asked = request.headers.get("Access-Control-Request-Headers", "*")
-            headers["Access-Control-Allow-Headers"] = clean(asked)
-            headers["Access-Control-Allow-Methods"] = "GET, HEAD, POST"
-            headers["Access-Control-Max-Age"] = "600"
 
 
 class Connection(web.RequestHandler):
@@ -1574,7 +1570,6 @@ def make_app(settings: Settings, models: list[Model]) -> web.Application:
     app.on_response_prepare.append(finish_headers)
     for path, handler in OWN_ROUTES.items():
         app.router.add_get(path, handler, expect_handler=expect)
-    app.router.add_get("/v1/models/{id:.+}", get_models, expect_handler=expect)
     app.router.add_route("*", "/{path:(?s:.*)}", serve, expect_handler=expect)
     return app
 
