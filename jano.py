@@ -1588,18 +1588,19 @@ async def run(settings: Settings, models: list[Model],
         return await explain_port(settings, error)
     await runner.setup()
     jano, stop = runner.app[JANO], asyncio.Event()
+    background: set[asyncio.Future[None]] = set()  # for the loop's own references are weak
 
     def on_signal(number: signal.Signals) -> None:
         log("info", "received signal", sig=number.name)
-        if stop.is_set():
+        if number == signal.SIGHUP:
+            reload(jano)
+        elif stop.is_set():
             os._exit(1)
-        stop.set()
+        else:
+            stop.set()
 
-    background: set[asyncio.Future[None]] = set()  # for the loop's own references are weak
-
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, on_signal, number)
-    loop.add_signal_handler(signal.SIGHUP, reload, jano)
     await listener.start_serving()
     port = listener.sockets[0].getsockname()[1]
     log("info", "jano listening", host=settings.jano_host, port=port, models=list(jano.models))
@@ -1639,9 +1640,8 @@ async def explain_port(settings: Settings, error: OSError) -> int:
     """0 if another jano has the port: cron starts one every minute. Else 1."""
     place = f"{reachable(settings.jano_host)}:{settings.jano_port}"
     with contextlib.suppress(aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError):
-        async with aiohttp.request(
-            "GET", f"http://{place}/health", timeout=aiohttp.ClientTimeout(total=5)
-        ) as answer:
+        limit = aiohttp.ClientTimeout(total=5)
+        async with aiohttp.request("GET", f"http://{place}/health", timeout=limit) as answer:
             if answer.headers.get("Server", "").startswith("jano/"):
                 log("info", "another jano answers already", address=place)
                 return 0
