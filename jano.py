@@ -1575,8 +1575,8 @@ def make_app(settings: Settings, models: list[Model]) -> web.Application:
 
 
 async def run(settings: Settings, models: list[Model],
-              meanwhile: Callable[[str], Awaitable[None]] | None = None) -> int:
-    """Serve until a signal; meanwhile(url) runs beside it. The exit code."""
+              meanwhile: Callable[[int], Awaitable[None]] | None = None) -> int:
+    """Serve until a signal; meanwhile(port) runs beside it. The exit code."""
     loop = asyncio.get_running_loop()
     runner = web.AppRunner(
         make_app(settings, models), handler_cancellation=True, shutdown_timeout=0.1)
@@ -1607,8 +1607,7 @@ async def run(settings: Settings, models: list[Model],
     if not (jano.hosts or settings.jano_api_key):
         log("warn", "everybody who reaches this host may ask: JANO_API_KEY is not set")
     if meanwhile:
-        url = f"http://{reachable(settings.jano_host)}:{port}"
-        background.add(asyncio.ensure_future(meanwhile(url)))
+        background.add(asyncio.ensure_future(meanwhile(port)))
 
     await stop.wait()
     listener.close()
@@ -1638,7 +1637,8 @@ def reload(jano: Jano) -> None:
 
 async def explain_port(settings: Settings, error: OSError) -> int:
     """0 if another jano has the port: cron starts one every minute. Else 1."""
-    place = f"{reachable(settings.jano_host)}:{settings.jano_port}"
+    host = settings.jano_host  # 0.0.0.0 and :: reach this machine, too
+    place = f"[{host}]:{settings.jano_port}" if ":" in host else f"{host}:{settings.jano_port}"
     with contextlib.suppress(aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError):
         limit = aiohttp.ClientTimeout(total=5)
         async with aiohttp.request("GET", f"http://{place}/health", timeout=limit) as answer:
@@ -1647,12 +1647,6 @@ async def explain_port(settings: Settings, error: OSError) -> int:
                 return 0
     print(f"jano: cannot listen on {place}: {why(error)}; no jano answers there", file=sys.stderr)
     return 1
-
-
-def reachable(host: str) -> str:
-    """host within a URL; for an address that means all of them, the loopback one."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"[{host}]" if ":" in host else host
 
 
 class LibraryLog(logging.Handler):
@@ -1896,14 +1890,15 @@ def demo() -> int:
         time.sleep(2.5)  # until it is ready
         try:
             with open(folder / "log", "w") as file, contextlib.redirect_stdout(file):
-                work = run(settings, load_models(settings), lambda url: burst(url, screen))
+                work = run(settings, load_models(settings), lambda port: burst(port, screen))
                 return run_loop(work)
         finally:
             subprocess.run([swap, "unload"], check=False)
 
 
-async def burst(url: str, screen: TextIO) -> None:
+async def burst(port: int, screen: TextIO) -> None:
     """Fire the six requests, then print who was served when."""
+    url = f"http://127.0.0.1:{port}"
 
     def row(steps: list[str]) -> str:
         """The steps, with a mark wherever the model changes."""
