@@ -1000,8 +1000,8 @@ class Tail:
     def tokens(self) -> tuple[int | None, int | None, float | None, float | None]:
         """Prompt tokens, generated tokens, each per second; None: the backend does not say."""
         found = {name.decode(): float(number)  # the last one counts, as streams add up
-                 for name, number in self.NUMBER.findall(self.head + self.tail)}
-        found = {name: number for name, number in found.items() if number < 1e15}
+                 for name, number in self.NUMBER.findall(self.head + self.tail)
+                 if float(number) < 1e15}
 
         def first(*names: str) -> int | None:
             return next((int(found[name]) for name in names if name in found), None)
@@ -1099,13 +1099,13 @@ class Telemetry:
 
     def status(self, models: Iterable[str]) -> dict[str, Any]:
         """The half of /status that is history."""
-        now, swaps = time.time(), sum(self.swaps.values())
+        now, swaps = time.time(), self.swaps.total()
         took = [swap["ms"] for swap in self.recent_swaps if swap["ok"]]
-        avoided = max(0, self.changes - swaps - sum(self.swap_failures.values()))
-        served = dict.fromkeys(models, 0)
+        avoided = max(0, self.changes - swaps - self.swap_failures.total())
+        served = Counter(dict.fromkeys(models, 0))
         for (model, status), count in self.requests.items():
             if 200 <= status < 300:
-                served[model] = served.get(model, 0) + count
+                served[model] += count
 
         def since(times: deque[float], seconds: int) -> int:
             return len(times) - bisect_left(times, now - seconds)
@@ -1125,8 +1125,8 @@ class Telemetry:
             "tokSByModel": {model: rate(f"of {model}") for model in models
                             if f"of {model}" in self.rates},
             "uptimeSeconds": int(now - self.started),
-            "requestsServedTotal": sum(served.values()), "requestsByModel": served,
-            "tokensGeneratedTotal": sum(self.tokens.values()),
+            "requestsServedTotal": served.total(), "requestsByModel": served,
+            "tokensGeneratedTotal": self.tokens.total(),
             "tokensByModel": {model: self.tokens[model] for model in models},
             "requestsPerMinute": since(self.finished, 60),
             "errorsLast15m": since(self.errors, 900), "lastError": self.last_error,
