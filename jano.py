@@ -1563,8 +1563,6 @@ def make_app(settings: Settings, models: list[Model]) -> web.Application:
             app[JANO] = Jano(settings, session)
             app[JANO].adopt(models)
             yield
-            for worker in app[JANO].workers.values():
-                worker.close(*SHUTTING_DOWN)
 
     app.cleanup_ctx.append(lifespan)
     app.on_response_prepare.append(finish_headers)
