@@ -894,12 +894,9 @@ async def relay(call: Call, upstream: aiohttp.ClientResponse) -> web.StreamRespo
     await response.prepare(call.request)
     loop, patience = asyncio.get_running_loop(), call.jano.settings.request_timeout_ms / 1000
     while left != 0:
-        # Beside aiohttp's own timeout for the backend, one for a client that does not read.
-        guard = loop.call_later(patience, abort, call.request)
         try:
             chunk = chunk or await upstream.content.readany()
         except BROKEN as error:
-            guard.cancel()
             silent = isinstance(error, asyncio.TimeoutError)
             how = "fell silent" if silent else "died"
             call.failure = f'backend "{call.model}" {how} in the middle of an answer'
@@ -912,6 +909,8 @@ async def relay(call: Call, upstream: aiohttp.ClientResponse) -> web.StreamRespo
         left = left and left - len(chunk)
         if left == 0 or not chunk:
             call.jano.settle(call, status)
+        # aiohttp's own timeout is for the backend; this one is for a client that does not read.
+        guard = loop.call_later(patience, abort, call.request)
         await response.write(chunk)
         guard.cancel()
         if not chunk:
