@@ -1203,17 +1203,15 @@ class Jano:
 
     def adopt(self, models: list[Model]) -> None:
         """Use these models from now on; queued tickets and what is loaded stay as they are."""
-        groups: dict[str, list[Model]] = {}
         for model in models:
             if not model.passthrough:
-                groups.setdefault(model.group, []).append(model)
-        for group, members in groups.items():
-            worker = self.workers.get(group) or Worker(group, self)
-            # What is gone from the file stays, for its queued tickets.
-            worker.models.update({model.name: model for model in members})
-            worker.slots.update({model.name: model.slots for model in members})
+                if model.group not in self.workers:
+                    self.workers[model.group] = Worker(model.group, self)
+                worker = self.workers[model.group]
+                worker.models[model.name] = model  # one gone from the file stays for its tickets
+                worker.slots[model.name] = model.slots
+        for worker in self.workers.values():
             worker.advance()
-            self.workers[group] = worker
         self.models = {model.name: model for model in models}
         self.names = {name.casefold(): model
                       for model in models for name in (model.name, *model.aliases)}
@@ -1361,7 +1359,7 @@ async def read_call(jano: Jano, request: web.Request) -> Call:
         accepted = [name for model in jano.models.values() for name in (model.name, *model.aliases)]
         text = "no model is named" if name is None else f"unknown model {shown(name)}"
         text += f"; accepted: {', '.join(accepted)}"
-        raise ApiError(400, text, "model_not_found", None, "model", accepted=accepted)
+        raise ApiError(400, text, "model_not_found", param="model", accepted=accepted)
     if model.upstream_model and "model" in fields:
         body = json.dumps({**fields, "model": model.upstream_model}).encode()
     jano.last_id += 1
@@ -1410,7 +1408,7 @@ async def multipart_model(request: web.Request, body: bytes) -> str | None:
             raise ValueError
     except (ValueError, AssertionError, RuntimeError, HttpProcessingError):
         text = f"the body is not one whole form, of up to {MAX_PARTS} parts, with one model"
-        raise ApiError(400, text, "invalid_form", None, "model") from None
+        raise ApiError(400, text, "invalid_form", param="model") from None
     return found[0] if found else None
 
 
@@ -1438,7 +1436,7 @@ async def get_models(request: web.Request) -> web.Response:
         data = [entry(model) for model in jano.models.values()]
         return web.json_response({"object": "list", "data": data})
     if (model := jano.names.get(name.casefold())) is None:
-        raise ApiError(404, f"unknown model {shown(name)}", "model_not_found", None, "model")
+        raise ApiError(404, f"unknown model {shown(name)}", "model_not_found", param="model")
     return web.json_response(entry(model))
 
 
@@ -1446,7 +1444,7 @@ async def get_usage(request: web.Request) -> web.Response:
     """The latest requests, newest first, ?limit= of them."""
     limit = request.query.get("limit", "50")
     if not re.fullmatch("[0-9]{1,9}", limit):
-        raise ApiError(400, "limit is not a whole number", "invalid_limit", None, "limit")
+        raise ApiError(400, "limit is not a whole number", "invalid_limit", param="limit")
     records = list(islice(reversed(request.app[JANO].telemetry.records), int(limit)))
     return web.json_response({"count": len(records), "records": records})
 
