@@ -272,7 +272,7 @@ def check_entry(entry: object, settings: Settings) -> list[str]:
             faults.append(f"{key}: found {shown(value)}, expected {KEYS[key][1]}")
         elif key == "url":
             parts = urlsplit(value)
-            own = LOCAL if settings.jano_host in LOCAL else {settings.jano_host}
+            own = LOCAL if settings.jano_host.lower() in LOCAL else {settings.jano_host.lower()}
             port = parts.port or {"http": 80, "https": 443}[parts.scheme]
             if parts.hostname in own and port == settings.jano_port:
                 faults.append(f"url: found {shown(value)}, jano itself, expected a backend")

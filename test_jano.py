@@ -280,6 +280,8 @@ def test_every_bad_value_in_an_entry_is_one_line_that_names_entry_and_key(tmp_pa
     ({"SWAP_COMMAND": "~no-such-user/swap.sh"}, "~no-such-user"),
     ({"MODELS_FILE": "~no-such-user/models.json"}, "~no-such-user"),
     ({"MODELS_FILE": "no.json"}, "HERE/no.json: found No such file or directory"),
+    ({"JANO_HOST": "LocalHost", "models": {"models": [{**ENTRY, "url": "http://[::1]:8082"}]}},
+     'models[0] "a": url: found "http://[::1]:8082", jano itself'),
     ({"JANO_CORS_ORIGINS": "*, example.org"}, 'JANO_CORS_ORIGINS: found "example.org"'),
     ({"models": "{"}, "HERE/models.json: found Expecting property name"),
     ({"models": "[" * 100_000}, "HERE/models.json: found "),
