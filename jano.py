@@ -770,6 +770,7 @@ class Call(Ticket):
     jano: Jano
     request: web.Request
     to: Model
+    worker: Worker | None  # None: passthrough
     body: bytes
     streaming: bool  # the client asked for server-sent events
     tail: Tail
@@ -779,13 +780,12 @@ class Call(Ticket):
 
     @property
     def running(self) -> bool:
-        worker = self.jano.worker_of(self.to)
-        return worker is None or self in worker.in_flight
+        return self.worker is None or self in self.worker.in_flight
 
 
 async def forward(call: Call) -> web.StreamResponse:
     """Wait for the turn, then pass the answer on. Raises ApiError."""
-    worker, tried = call.jano.worker_of(call.to), False
+    worker, tried = call.worker, False
     while True:
         if worker:
             await wait_for_turn(call, worker.enqueue(call))
@@ -1225,7 +1225,7 @@ class Jano:
         waiting = sum(worker.depth() for worker in self.workers.values())
         if self.stopping:
             raise ApiError(*SHUTTING_DOWN)
-        if not call.to.passthrough:
+        if call.worker:
             if waiting >= self.settings.max_queue:
                 raise ApiError(503, f"the queue is full: {waiting} requests wait", "queue_full", 5)
             log("info", "enqueued", id=call.id, model=call.model)
@@ -1240,7 +1240,7 @@ class Jano:
             return
         del self.calls[call]
         now = clock()
-        if worker := self.worker_of(call.to):
+        if worker := call.worker:
             worker.leave(call)
         self.telemetry.settled(call, status, now)
         told = {"id": call.id, "model": call.model, "status": status, "ms": ms(now - call.arrived)}
@@ -1367,7 +1367,8 @@ async def read_call(jano: Jano, request: web.Request) -> Call:
     # Ollama's own API, under /api/, streams lines of JSON, where an SSE comment would be an error.
     streaming = fields.get("stream") is True and not request.path.startswith("/api/")
     return Call(model=model.name, arrived=clock(), tier=tier, id=str(jano.last_id), jano=jano,
-                request=request, to=model, body=body, streaming=streaming, tail=Tail())
+                request=request, to=model, worker=jano.worker_of(model), body=body,
+                streaming=streaming, tail=Tail())
 
 
 def bare(route: str) -> str:
