@@ -452,17 +452,17 @@ class Worker(Schedule):
 
     def enqueue(self, ticket: Ticket) -> asyncio.Future[None]:
         """Queue a ticket; what comes back resolves with its turn, or fails with ApiError."""
-        fails, last = self.failures.get(ticket.model, (0, 0.0))
-        retry_in = math.ceil(last + self.settings.swap_failure_reset_ms / 1000 - clock())
         if self.closed:
             raise ApiError(*self.closed)
-        if fails >= self.settings.swap_failure_limit and retry_in > 0:
-            log("warn", "failing fast: backend marked bad", id=ticket.id, model=ticket.model,
-                fails=fails)
-            text = f"{fails} consecutive swap failures; retry in {retry_in} s"
-            text = f'backend "{ticket.model}" is unavailable ({text})'
-            raise ApiError(503, text, "backend_unavailable", retry_in)
+        fails, last = self.failures.get(ticket.model, (0, 0.0))
         if fails >= self.settings.swap_failure_limit:
+            retry_in = math.ceil(last + self.settings.swap_failure_reset_ms / 1000 - clock())
+            if retry_in > 0:
+                log("warn", "failing fast: backend marked bad", id=ticket.id, model=ticket.model,
+                    fails=fails)
+                text = f"{fails} consecutive swap failures; retry in {retry_in} s"
+                text = f'backend "{ticket.model}" is unavailable ({text})'
+                raise ApiError(503, text, "backend_unavailable", retry_in)
             del self.failures[ticket.model]
         if ticket.granted is None:
             self.jano.telemetry.arrived(self, ticket.model)
@@ -479,7 +479,8 @@ class Worker(Schedule):
 
     def lost(self, ticket: Ticket) -> None:
         """The backend refused the connection, so its model is not loaded, whatever we thought."""
-        self.loaded = None if self.loaded == ticket.model else self.loaded
+        if self.loaded == ticket.model:
+            self.loaded = None
         self.leave(ticket)
 
     def fail_waiting(self, model: str | None, *error: Any) -> None:
