@@ -1009,7 +1009,8 @@ class Tail:
         def rate(name: str, ollama: str) -> float | None:
             nanoseconds = found.get(f"{ollama}_duration")
             timed = found.get(f"{ollama}_count", 0) / nanoseconds * 1e9 if nanoseconds else None
-            return found.get(name, timed)
+            value = found.get(name, timed)
+            return None if value is None else round(value, 1)
 
         return (first("prompt_tokens", "input_tokens", "prompt_eval_count", "prompt_n"),
                 first("completion_tokens", "output_tokens", "eval_count", "predicted_n"),
@@ -1058,14 +1059,13 @@ class Telemetry:
         epoch, model, begin = time.time(), call.model, call.first_byte
         prompt, generated, prompt_rate, rate = call.tail.tokens()
         if rate is None and generated and call.streaming and begin and now - begin >= 0.05:
-            rate = generated / (now - begin)  # what took less came in one go
+            rate = round(generated / (now - begin), 1)  # what took less came in one go
         self.records.append({
             "ts": utc(epoch), "id": call.id, "model": model, "path": call.request.path,
             "status": status, "queue_ms": ms((call.granted or now) - call.arrived),
             "total_ms": ms(now - call.arrived),
             "ttfb_ms": begin and ms(begin - (call.granted or 0)), "prompt_tokens": prompt,
-            "gen_tokens": generated, "gen_tok_s": rounded(rate),
-            "prompt_tok_s": rounded(prompt_rate)})
+            "gen_tokens": generated, "gen_tok_s": rate, "prompt_tok_s": prompt_rate})
         self.finished.append(epoch)
         self.requests[model, status] += 1
         if status >= 500:
@@ -1112,7 +1112,7 @@ class Telemetry:
 
         def rate(name: str) -> float | None:
             rates = self.rates.get(name)
-            return rounded(sum(rates) / len(rates)) if rates else None
+            return round(sum(rates) / len(rates), 1) if rates else None
 
         return {
             "lastSwapDurationMs": took[-1] if took else None,
@@ -1174,10 +1174,6 @@ class Telemetry:
         lines.append(f"jano_swap_duration_seconds_sum {self.swap_seconds}")
         lines.append(f"jano_swap_duration_seconds_count {sum(self.swap_buckets)}")
         return "\n".join(lines) + "\n"
-
-
-def rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 1)
 
 # -------------------------------------------------------------------------- HTTP handlers ----
 
