@@ -867,7 +867,10 @@ FOUND = [  # prefix of the model's url, path, headers, body
     ("/asr", '/|"<>^?x&model=asr', ["X-Model: chat"], b'{"model":null}'),
     ("/asr", "/x", ["X-Model: Asr", "Content-Type: audio/wav"], b"RIFF\0\xff"),
     ("/asr", "/x", ["X-Model: asr", FORM], b"no form"),
-    ("/asr", SPEECH, [FORM], form_bytes((b"file", b"\0\xff")))]
+    ("/asr", SPEECH, [FORM], form_bytes((b"file", b"\0\xff"))),
+    ("/asr", "/x", ['Content-Type: multipart/form-data; boundary="B"'],  # as .NET writes it
+     b"--B\r\nX: y\r\ncontent-disposition: form-data; name=model\r\n\r\nasr\r\n--B--\r\n"),
+    ("/asr", SPEECH, [FORM], form_bytes((b"file", form_bytes(CHAT)[1:-6]), A))]
 REFUSED = [("/x", [], b"{}"), ("/x", [], b"\0"), ("/rerank", [], b"[]"), ("/rerank/x", [], b"{}"),
            ("/x?model=no", [], b"{}"), ("/x?model=asr", ["X-Model: asr"], b'{"model":"no"}')]
 REFUSED += [("/x", [FORM + more], body) for more, body in [
