@@ -736,6 +736,7 @@ HOP_BY_HOP = {"connection", "keep-alive", "proxy-connection", "te", "trailer", "
 NOT_PASSED_ON = {"host", "content-length", "expect"}
 NOT_INVENTED = ("Accept", "Accept-Encoding", "User-Agent", "Content-Type")  # as aiohttp would
 INFLATED = {"gzip", "deflate", "br", "zstd"}  # request bodies that aiohttp's server unpacks
+GIVEN = web.ResponseKey("GIVEN", set[str])  # a backend's header names; aiohttp's additions go
 NOT_SENT = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)  # no byte has left
 BROKEN = (aiohttp.ClientError, asyncio.TimeoutError, HttpProcessingError, OSError, ValueError)
 
@@ -862,15 +863,6 @@ def fail_when_closed(upstream: aiohttp.ClientResponse) -> None:
         future.add_done_callback(closed)
 
 
-class Relayed(web.StreamResponse):
-    """A backend's answer; what aiohttp would add to the headers given is taken out again."""
-
-    def __init__(self, upstream: aiohttp.ClientResponse) -> None:
-        super().__init__(status=upstream.status, reason=clean(upstream.reason or ""),
-                         headers=end_to_end(upstream.headers, set()))
-        self.given = {name.lower() for name in self.headers}
-
-
 async def relay(call: Call, upstream: aiohttp.ClientResponse) -> web.StreamResponse:
     """Pass the answer on as it comes; break the connection if the backend dies on the way."""
     response, status = call.response, upstream.status
@@ -879,7 +871,10 @@ async def relay(call: Call, upstream: aiohttp.ClientResponse) -> web.StreamRespo
     if status < 200 or (response is not None and not (upstream.ok and events)):
         raise await refusal(call, upstream)
     if response is None:
-        response = call.response = Relayed(upstream)
+        response = call.response = web.StreamResponse(
+            status=status, reason=clean(upstream.reason or ""),
+            headers=end_to_end(upstream.headers, set()))
+        response[GIVEN] = {name.lower() for name in response.headers}
         response.headers.setdefault("x-request-id", call.id)
         waited = (call.granted or 0) - call.arrived
         timing = f"queue;dur={ms(waited)}, swap;dur={ms(call.swapping)}"
@@ -1504,8 +1499,8 @@ async def expect(request: web.Request) -> None:
 async def finish_headers(request: web.Request, response: web.StreamResponse) -> None:
     """When any response's headers go out: CORS, and nothing added to a backend's."""
     origin, headers = request.headers.get("Origin"), response.headers
-    if isinstance(response, Relayed):
-        for name in {"server", "content-type"} - response.given:
+    if (given := response.get(GIVEN)) is not None:
+        for name in {"server", "content-type"} - given:
             headers.pop(name, None)
     else:
         headers["Server"] = f"jano/{__version__}"
