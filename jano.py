@@ -863,6 +863,20 @@ def fail_when_closed(upstream: aiohttp.ClientResponse) -> None:
         future.add_done_callback(closed)
 
 
+def answer_head(call: Call, upstream: aiohttp.ClientResponse) -> web.StreamResponse:
+    """The backend's status and headers, and jano's."""
+    response = web.StreamResponse(status=upstream.status, reason=clean(upstream.reason or ""),
+                                  headers=end_to_end(upstream.headers, set()))
+    response[GIVEN] = {name.lower() for name in response.headers}
+    response.headers.setdefault("x-request-id", call.id)
+    waited = (call.granted or 0) - call.arrived
+    timing = f"queue;dur={ms(waited)}, swap;dur={ms(call.swapping)}"
+    response.headers.add("Server-Timing", timing)
+    if upstream.content_type == "text/event-stream":
+        response.headers["X-Accel-Buffering"] = "no"
+    return response
+
+
 async def relay(call: Call, upstream: aiohttp.ClientResponse) -> web.StreamResponse:
     """Pass the answer on as it comes; break the connection if the backend dies on the way."""
     response, status = call.response, upstream.status
@@ -871,16 +885,7 @@ async def relay(call: Call, upstream: aiohttp.ClientResponse) -> web.StreamRespo
     if status < 200 or (response is not None and not (upstream.ok and events)):
         raise await refusal(call, upstream)
     if response is None:
-        response = call.response = web.StreamResponse(
-            status=status, reason=clean(upstream.reason or ""),
-            headers=end_to_end(upstream.headers, set()))
-        response[GIVEN] = {name.lower() for name in response.headers}
-        response.headers.setdefault("x-request-id", call.id)
-        waited = (call.granted or 0) - call.arrived
-        timing = f"queue;dur={ms(waited)}, swap;dur={ms(call.swapping)}"
-        response.headers.add("Server-Timing", timing)
-        if events:
-            response.headers["X-Accel-Buffering"] = "no"
+        response = call.response = answer_head(call, upstream)
     left = 0 if status in (204, 304) else response.content_length  # None: until the backend ends
     if left == 0:
         call.jano.settle(call, status)
@@ -906,9 +911,9 @@ async def relay(call: Call, upstream: aiohttp.ClientResponse) -> web.StreamRespo
         if left == 0 or not chunk:
             call.jano.settle(call, status)
         # aiohttp's own timeout is for the backend; this one is for a client that does not read.
-        guard = loop.call_later(patience, abort, call.request)
+        cutoff = loop.call_later(patience, abort, call.request)
         await response.write(chunk)
-        guard.cancel()
+        cutoff.cancel()
         if not chunk:
             break
         chunk = b""
@@ -1576,7 +1581,6 @@ async def run(settings: Settings, models: list[Model],
         return await explain_port(settings, error)
     await runner.setup()
     jano, stop = runner.app[JANO], asyncio.Event()
-    background: set[asyncio.Future[None]] = set()  # for the loop's own references are weak
 
     def on_signal(number: signal.Signals) -> None:
         log("info", "received signal", sig=number.name)
@@ -1594,8 +1598,7 @@ async def run(settings: Settings, models: list[Model],
     log("info", "jano listening", host=settings.jano_host, port=port, models=list(jano.models))
     if not (jano.hosts or settings.jano_api_key):
         log("warn", "everybody who reaches this host may ask: JANO_API_KEY is not set")
-    if meanwhile:
-        background.add(asyncio.ensure_future(meanwhile(port)))
+    beside = asyncio.ensure_future(meanwhile(port)) if meanwhile else None
 
     await stop.wait()
     listener.close()
@@ -1604,8 +1607,8 @@ async def run(settings: Settings, models: list[Model],
         worker.close(*SHUTTING_DOWN)
     if jano.tasks:
         await asyncio.wait(jano.tasks, timeout=settings.shutdown_timeout_ms / 1000)
-    for task in background:
-        task.cancel()
+    if beside:
+        beside.cancel()
     status = jano.status()
     await runner.cleanup()
     log("info", "jano stopped", served=status["requestsServedTotal"], swaps=status["swapsTotal"],
