@@ -1335,13 +1335,16 @@ async def read_call(jano: Jano, request: web.Request) -> Call:
     except (web.RequestPayloadError, ValueError):
         raise ApiError(400, "the body is damaged", "invalid_body") from None
     fields: dict[str, Any] = {}
+    found: dict[bytes, re.Match[bytes]] = {}
     name: object = None
     hint = request.query.get("model") or request.headers.get("X-Model")
     try:
         if request.content_type.startswith("multipart/"):
             name = await multipart_model(request, body)
         else:
-            fields = parse_object(body)
+            found = await members(body) if len(body) >= LARGE else {}
+            few = b"{%b}" % b",".join(member[0] for member in found.values())
+            fields = parse_object(body if len(body) < LARGE else few)
             name = fields.get("model")
     except ApiError:
         if not hint:
@@ -1358,7 +1361,11 @@ async def read_call(jano: Jano, request: web.Request) -> Call:
         text += f"; accepted: {', '.join(accepted)}"
         raise ApiError(400, text, "model_not_found", param="model", accepted=accepted)
     if model.upstream_model and "model" in fields:
-        body = json.dumps({**fields, "model": model.upstream_model}).encode()
+        if found:
+            begin, end = found[b"model"].span(2)
+            body = body[:begin] + json.dumps(model.upstream_model).encode() + body[end:]
+        else:
+            body = json.dumps({**fields, "model": model.upstream_model}).encode()
     jano.last_id += 1
     tier = TIERS.get(str(fields.get("service_tier")), DEFAULT)
     # Ollama's own API, under /api/, streams lines of JSON, where an SSE comment would be an error.
@@ -1382,6 +1389,38 @@ def parse_object(body: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ApiError(400, "the body is not a JSON object", "invalid_json")
     return value
+
+
+LARGE = 2**20  # bytes of a JSON body that is looked through, instead of parsed
+BRACKET = re.compile(rb'["{}\[\]]')
+MEMBER = re.compile(rb'"(model|stream|service_tier)"\s*:\s*("(?:[^"\\]|\\.){0,999}"|\w+)')
+
+
+async def members(body: bytes) -> dict[bytes, re.Match[bytes]]:
+    """The members of a large JSON object that matter here. Not parsed, as the parser would hold up
+    everybody for seconds and make a gigabyte of 50 MB; the backend judges it. Or ApiError 400."""
+    found: dict[bytes, re.Match[bytes]] = {}
+    step, at, depth, quoted = 0, 0, 0, False
+    while at < len(body):
+        if (step := step + 1) % 4096 == 0:  # some milliseconds
+            await asyncio.sleep(0)
+        if quoted:  # on to the next quote; it ends the text unless it is escaped
+            if (end := body.find(b'"', at)) < 0:
+                break
+            piece, at = body[at:end], end + 1
+            quoted = (len(piece) - len(piece.rstrip(b"\\"))) % 2 == 1
+        elif token := BRACKET.search(body, at, at + 1024):
+            at, quoted = token.end(), token[0] == b'"'
+            if quoted and depth == 1 and (member := MEMBER.match(body, token.start())):
+                found[member[1]] = member
+            depth += {b'"': 0, b"{": 1, b"[": 1}.get(token[0], -1)
+            if depth <= 0:
+                break
+        else:
+            at += 1024
+    if quoted or depth or body[at:].strip():
+        raise ApiError(400, "the body is not JSON", "invalid_json")
+    return found
 
 
 async def multipart_model(request: web.Request, body: bytes) -> str | None:

@@ -860,6 +860,7 @@ FOUND = [  # prefix of the model's url, path, headers, body
     ("/u/p", SPEECH, [FORM], form_bytes((b"model", b"up"), (b"f", TEN_MB))),
     ("/u/p", "//v1/../a/./%2fb%C3%A9", ["X-Model: up"], b"\xff"),
     ("/u/p", "/x", [], b'{"n":1.5,"model":"UP","deep":[{"model":"up"}],"big":%d}' % 2**70),
+    ("/u/p", "/x", [], b'{"a":"\\\\","b":["}",{"model":1}],"model" : "UP","c":"\\"%b"}\n' % TEN_MB),
     ("/asr", "/v1/x/v1/", [], b'{ "model":"ASR"}'), ("/asr", "/x", ["X-Model: asr"], b""),
     ("/asr", "/infill", [], '{"model":"üNÏ/8B"}'.encode()), ("/asr", "/rerank", [], b"{}"),
     ("/asr", "/v1/a?model=chat&b?c=/d:@!$'()*,", ["X-Model: chat"], b'{"model":"asr"}'),
@@ -873,6 +874,8 @@ FOUND = [  # prefix of the model's url, path, headers, body
     ("/asr", SPEECH, [FORM], form_bytes((b"file", form_bytes(CHAT)[1:-6]), A))]
 REFUSED = [("/x", [], b"{}"), ("/x", [], b"\0"), ("/rerank", [], b"[]"), ("/rerank/x", [], b"{}"),
            ("/x?model=no", [], b"{}"), ("/x?model=asr", ["X-Model: asr"], b'{"model":"no"}')]
+REFUSED += [("/x", [], b'{"model":"chat","x":%b' % end + b"[" * 2**20) for end in (
+    b"", b'"', b'"\\"', b"0}", b"]]", b'"\\\\"}')]
 REFUSED += [("/x", [FORM + more], body) for more, body in [
     ("", b""), ("", form_bytes(A)[:20]), ("", form_bytes(A, end=b"")), ("C", form_bytes(A)),
     ("B" * 70, form_bytes(A)), ("", form_bytes(A, A)), ("", form_bytes((b"model", b"\xff"))),
@@ -901,6 +904,19 @@ async def test_bad_request_is_refused_and_no_more(raw: Raw, status: int, request
     for path, headers, body in requests:
         message = await exchange(raw.jano, post_bytes(body, *headers, path=path))
         assert (refused(message), raw.seen) == (status, []), (path, headers, body[:99])
+
+
+async def test_large_body_holds_nobody_up_however_odd_it_is(raw: Raw) -> None:
+    for body in b"[]," * 2**18, b'{"":"\\"' * 2**17:
+        asking = asyncio.create_task(exchange(
+            raw.jano, post_bytes(b'{"model":"chat","x":"%b","y":[%b' % (b"x" * 2**20, body))))
+        times = [time.monotonic()]
+        while not asking.done():
+            assert (await raw.jano.status())["inFlight"] == 0
+            times.append(time.monotonic())
+        assert refused(await asking) == 400
+        longest = max(after - before for before, after in zip(times, times[1:]))
+        assert longest < (times[-1] - times[0]) / 3
 
 
 # ------------------------------------------------- clients that leave and backends that fail ----
