@@ -1193,10 +1193,6 @@ class Jano:
         self.stopping = False
         self.origins = words(settings.jano_cors_origins)
         self.hosts: set[str] = set()  # whose names are known; empty: any
-        host = settings.jano_host.lower()
-        if host in LOOPBACK or host.startswith("127."):
-            allowed = map(host_name, words(settings.jano_allowed_hosts))
-            self.hosts = {host, *LOOPBACK, *allowed} - {""}
 
     def adopt(self, models: list[Model]) -> None:
         """Use these models from now on; queued tickets and what is loaded stay as they are."""
@@ -1616,10 +1612,15 @@ async def run(settings: Settings, models: list[Model],
         listener = await loop.create_server(
             lambda: Connection(runner.server, loop=loop, access_log=None),  # type: ignore[arg-type]
             settings.jano_host, settings.jano_port, backlog=1024, start_serving=False)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         return await explain_port(settings, error)
     await runner.setup()
     jano, stop = runner.app[JANO], asyncio.Event()
+    # Not by the name: 0x7f.1, 0:0:0:0:0:0:0:1 and often the machine's own are loopback, too.
+    addresses = {str(listening.getsockname()[0]) for listening in listener.sockets}
+    if all(address == "::1" or address.startswith("127.") for address in addresses):
+        allowed = map(host_name, words(settings.jano_allowed_hosts))
+        jano.hosts = {settings.jano_host.lower(), *LOOPBACK, *addresses, *allowed} - {""}
 
     def on_signal(number: signal.Signals) -> None:
         log("info", "received signal", sig=number.name)
@@ -1665,7 +1666,7 @@ def reload(jano: Jano) -> None:
         log("info", "models reloaded", models=list(jano.models))
 
 
-async def explain_port(settings: Settings, error: OSError) -> int:
+async def explain_port(settings: Settings, error: Exception) -> int:
     """0 if another jano has the port: cron starts one every minute. Else 1."""
     host = settings.jano_host  # 0.0.0.0 and :: reach this machine, too
     place = f"[{host}]:{settings.jano_port}" if ":" in host else f"{host}:{settings.jano_port}"

@@ -526,6 +526,10 @@ TE, CHUNKS = "Transfer-Encoding:", '11\r\n{"model": "chat"}\r\n0\r\n\r\n'
                                  for host in ("evil.example", "localhost.evil.example:1", "", "[",
                                               "x@localhost", "[::1", "::1", "127.0.0.1.h", "\xff")],
     }, id="only known hosts are answered"),
+    pytest.param({"JANO_HOST": "0x7F.1"}, {  # loopback however it is spelt
+        "200 ": [f"GET /|Host: {host}" for host in ("0x7f.1:8", "127.0.0.1", "localhost")],
+        "403 host_not_allowed": ["GET /|Host: evil.example"],
+    }, id="only known hosts are answered on any loopback address"),
     pytest.param({"JANO_API_KEY": "k", "JANO_CORS_ORIGINS": "https://a.example, app://b"}, {
         "200 \r\naccess-control-allow-origin: https://a.example\r\n": [
             f"{ask}|x-api-key: k|Origin: https://a.example" for ask in ("POST /x", "GET /models")],
