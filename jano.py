@@ -1219,8 +1219,10 @@ class Jano:
         if self.stopping:
             raise ApiError(*SHUTTING_DOWN)
         if call.worker:
-            if waiting >= self.settings.max_queue:
-                raise ApiError(503, f"the queue is full: {waiting} requests wait", "queue_full", 5)
+            held = sum(len(other.body) for other in self.calls)
+            if waiting >= self.settings.max_queue or held > max(0, MAX_HELD - len(call.body)):
+                text = f"the queue is full: {waiting} requests wait, with {held >> 20} MB"
+                raise ApiError(503, text, "queue_full", 5)
             log("info", "enqueued", id=call.id, model=call.model)
         self.calls[call] = None
         if task := asyncio.current_task():
@@ -1289,6 +1291,7 @@ CLIENT_LEFT = 499  # nginx's status for it
 SHUTTING_DOWN = (503, "jano is shutting down", "shutting_down", 5)
 TIERS = {"priority": PRIORITY, "flex": FLEX}
 MAX_PARTS = 1000  # of a form
+MAX_HELD = 2**30  # bytes of the bodies of all requests together; a lone one may be larger
 
 
 async def serve(request: web.Request) -> web.StreamResponse:
