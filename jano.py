@@ -1726,6 +1726,12 @@ def main() -> int:
 
 def run_loop(work: Coroutine[Any, Any, int]) -> int:
     """On uvloop, if that happens to be installed."""
+    import resource  # which Windows lacks
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = 10_240 if hard == resource.RLIM_INFINITY else min(10_240, hard)
+    if 0 <= soft < enough:  # a Mac's 256 would be gone before MAX_QUEUE is reached
+        resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
     try:
         import uvloop  # type: ignore[import-not-found, unused-ignore]
     except ImportError:

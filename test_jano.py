@@ -16,6 +16,7 @@ import os
 import pickle
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from datetime import datetime, timezone
 from operator import itemgetter
 from pathlib import Path
@@ -703,10 +704,9 @@ async def connected(jano_: Running, sent: bytes) -> AsyncIterator[Streams]:
         yield reader, writer
 
 
-async def exchange(jano_: Running, sent: bytes) -> bytes:
+async def exchange(jano_: Running, sent: bytes, patience: float = PATIENCE) -> bytes:
     async with connected(jano_, sent) as (reader, _):
-        answer: bytes = await event(reader.read(-1))
-    return answer
+        return await asyncio.wait_for(reader.read(-1), patience)
 
 
 def parsed(message: bytes) -> tuple[str, list[tuple[str, str]], bytes]:
@@ -986,6 +986,49 @@ async def test_300_clients_that_vanish_at_any_point_leave_nothing_behind(raw: Ra
     await asyncio.gather(*(vanish() for _ in range(300)))
     await event(all_over(raw.jano, files))
     assert len(await exchange(raw.jano, post_bytes())) > 3 * 10**5
+
+
+@pytest.fixture
+def many_files() -> Iterator[Callable[[], None]]:
+    """Call it to open many files. What was started before has a Mac's limit, 256."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    yield lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="reads /proc")
+@pytest.mark.parametrize(("size", "count", "at_once", "waiting", "most"), [  # most: in MB
+    (5000, 2003, 100, 2000, 80),
+    pytest.param(4 * 10**7, 30, 1, 25, 1500, marks=pytest.mark.soak)])
+async def test_2000_waiting_requests_take_little_memory_and_huge_ones_no_more_than_a_bound(
+        tmp_path: Path, chat: Backend, many_files: Callable[[], None],
+        size: int, count: int, at_once: int, waiting: int, most: int) -> None:
+    def peak() -> int:
+        status = Path(f"/proc/{jano_.process.pid}/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) // 1024
+
+    chat.answer = chat.held
+    async with running_jano(tmp_path, [entry(chat)], MAX_QUEUE=2000) as jano_:
+        many_files()
+        files, before, asks = await all_over(jano_), peak(), []
+        sent = post_bytes(b'{"model":"chat","x":"%b"}' % (b"x" * size))
+        found, over = await jano_.status(), 0
+        for number in range(1, count + 1):
+            asks.append(asyncio.create_task(exchange(jano_, sent, 6 * PATIENCE)))
+            while (number % at_once == 0 or number == count) and number > (
+                    found["inFlight"] + found["queueDepth"] + over):
+                found = await jano_.status()
+                over = sum(ask.done() for ask in asks)
+        assert (found["inFlight"], found["queueDepth"]) == (1, waiting)
+        assert {refused(await ask) for ask in asks if ask.done()} == {503}
+        assert peak() < before + most
+        for ask in asks:
+            ask.cancel()
+        await event(all_over(jano_, files))
+        chat.answer = chat.plain
+        assert (await jano_.ask("chat"))[0] == 200
+
 
 @pytest.mark.parametrize("status", [200, 502])
 async def test_backend_that_refuses_is_swapped_in_and_asked_again(raw: Raw, status: int) -> None:
