@@ -182,10 +182,15 @@ def load_settings(environ: Mapping[str, str], directory: Path) -> Settings:
     faults += [f"JANO_CORS_ORIGINS: found {shown(origin)}, expected * or origins such as"
                " https://example.org" for origin in words(values["JANO_CORS_ORIGINS"])
                if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+", origin)]
-    if faults:
-        raise ConfigError("\n".join(faults))
     values["MODELS_FILE"] = str(directory / os.path.expanduser(values["MODELS_FILE"]))
-    return Settings(**{name.lower(): value for name, value in values.items()})
+    settings = Settings(**{name.lower(): value for name, value in values.items()})
+    if faults:
+        try:  # one start shows all faults, those of the models, too
+            load_models(settings)
+        except ConfigError as error:
+            faults.append(str(error))
+        raise ConfigError("\n".join(faults))
+    return settings
 
 
 def read_dotenv(path: Path, faults: list[str]) -> dict[str, str]:

@@ -347,16 +347,18 @@ async def test_command_exits_with_2_and_a_line_a_fault_and_runs_no_script(tmp_pa
 
     bad = {"SWAP_COMMAND": "", "JANO_PORT": "65536", "MAX_TURN_MS": "-1", "LINGER_MS": "1.5",
            "MAX_QUEUE": "0", "MAX_BODY_MB": "9" * 70, "HEARTBEAT_MS": "soon"}
-    lines = faults(tmp_path, env="COLOUR=red\nMAX_QUEUE", **bad)
+    lines = faults(tmp_path, {"models": [{**ENTRY, "slots": 0}]}, "COLOUR=red\nMAX_QUEUE", **bad)
     assert [line.split(", expected ")[0] for line in lines] == [
         '.env: line 1: found "COLOUR"', '.env: line 2: found "MAX_QUEUE"', "SWAP_COMMAND: not set",
-        *(f'environment: {name}: found "{bad[name]}"' for name in [*bad][1:])]
+        *(f'environment: {name}: found "{bad[name]}"' for name in [*bad][1:]),
+        'HERE/models.json: models[0] "a": slots: found 0']
     start, check, version, usage = await asyncio.gather(
         command(**bad), command("--check", **bad), command("--version"), command("--help"))
-    assert start == check == (2, "", "\n".join([*lines, ""]))
+    assert start == check == (2, "", "\n".join([*lines, ""]).replace("HERE", str(tmp_path)))
     assert version == (0, f"jano {jano.__version__}\n", "")
     assert {"--check", "--demo", "--version"} <= set(usage[1].split())
     (tmp_path / ".env").unlink()
+    (tmp_path / "models.json").write_text(json.dumps({"models": [ENTRY]}))
     check = await command("--check", SWAP_COMMAND="./swap.sh")
     assert (check[0], check[1].count("\n"), check[2], calls(tmp_path)) == (0, 1, "", [])
 
