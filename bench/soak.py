@@ -49,7 +49,8 @@ SETTINGS = {  # everything happens often
     "HEARTBEAT_MS": "300", "MAX_QUEUE": "14", "SWAP_FAILURE_RESET_MS": "2000"}
 KINDS = {  # of clients, and how often
     "one-shot": 20, "stream": 20, "priority": 5, "flex": 5, "multipart": 8, "slow reader": 4,
-    "stopped reader": 1, "leaves the queue": 12, "leaves a stream": 8, "half upload": 6, "junk": 8}
+    "stopped reader": 1, "leaves the queue": 12, "leaves a stream": 8, "half upload": 6, "junk": 8,
+    "slow upload": 5, "pipelines": 5}
 JUNK = (b"", b"null", b"[]", b"{", b'{"model": 1}', b'{"model": "no"}', b"\xff\xfe", b"[" * 9999)
 NEVER_SENT = {"swap_failed", "backend_unavailable", "queue_full"}  # with status 503
 ERRORS = {503: NEVER_SENT, 504: {"backend_timeout"}, 502: {"backend_died", "backend_unreachable"}}
@@ -202,15 +203,19 @@ class Soak:
             body = part % (b"model", model.encode()) + part % (b"file", rng.randbytes(9**5))
             body += b"--b--"
 
-        async def half() -> AsyncIterator[bytes]:
+        async def slowly(pause: float) -> AsyncIterator[bytes]:
             yield body[: len(body) // 2]
-            await asyncio.sleep(PATIENCE)
+            await asyncio.sleep(pause)
+            yield body[len(body) // 2 :]
 
+        if kind == "pipelines":
+            return await self.pipeline(rng, nonce, headers, body)
+        upload = {"half upload": slowly(PATIENCE), "slow upload": slowly(rng.uniform(0, 2))}
         leaves = kind.startswith("leaves the") or kind == "half upload"
         timeout = aiohttp.ClientTimeout(total=rng.uniform(0.01, 1.5) if leaves else PATIENCE)
         try:
             async with self.session.post(f"{self.url}/v1/x", headers=headers, timeout=timeout,
-                                         data=half() if kind == "half upload" else body) as answer:
+                                         data=upload.get(kind, body)) as answer:
                 if kind == "leaves a stream" and answer.status == 200:
                     await answer.content.readany()
                     return "left", (0, 1)
@@ -240,6 +245,31 @@ class Soak:
         assert end["got"] == crc32(body), f"the body was damaged: {seen}"
         assert end["said"] == crc32("".join(lines).encode()), f"damaged: {seen}"
         return "complete", (1, 1)
+
+    async def pipeline(self, rng: random.Random, nonce: str, headers: dict[str, str],
+                       body: bytes) -> tuple[str, tuple[int, int]]:
+        """Two requests in one go; sometimes it leaves before the answers are complete."""
+        sent, second = "", f"{nonce}-second"
+        self.reach[second] = (0, 1)
+        for name, more in (nonce, "keep-alive"), (second, "close"):
+            lines = [f"{key}: {value}" for key, value in (headers | {"X-Nonce": name}).items()]
+            lines += [f"Content-Length: {len(body)}", f"Connection: {more}", "", body.decode()]
+            sent += "\r\n".join(["POST /v1/x HTTP/1.1", "Host: localhost", *lines])
+        port, leaves = int(self.url.rpartition(":")[2]), rng.random() < 0.5
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        with contextlib.closing(writer):
+            writer.write(sent.encode())
+            try:
+                answers = await asyncio.wait_for(
+                    reader.read(-1), rng.uniform(0, 1.5) if leaves else PATIENCE)
+            except ConnectionError:
+                return "broken connection", (0, 1)
+            except asyncio.TimeoutError:
+                assert leaves, "lost: no answer"
+                return "left", (0, 1)
+        *_, rest = answers.partition(f'"nonce": "{second}'.encode())
+        assert nonce.encode() + b'"' not in rest, "answers in the wrong order"
+        return "answers" if answers else "broken connection", (0, 1)
 
     async def monkey(self) -> None:
         rng = random.Random(self.seed)
