@@ -1346,7 +1346,8 @@ async def read_call(jano: Jano, request: web.Request) -> Call:
         if request.content_type.startswith("multipart/"):
             name = await multipart_model(request, body)
         else:
-            found = await members(body) if len(body) >= LARGE else {}
+            if len(body) >= LARGE:
+                found = await members(body)
             few = b"{%b}" % b",".join(member[0] for member in found.values())
             fields = parse_object(body if len(body) < LARGE else few)
             name = fields.get("model")
