@@ -808,7 +808,6 @@ async def forward(call: Call) -> web.StreamResponse:
             tried = True
             worker.lost(call)
     try:
-        fail_when_closed(upstream)
         return await relay(call, upstream)
     finally:  # unless the answer was whole, this closes the connection, so the backend stops
         upstream.close()
@@ -854,18 +853,29 @@ async def open_upstream(call: Call) -> aiohttp.ClientResponse:
         raise ApiError(502, text, "backend_died") from None
 
 
-def fail_when_closed(upstream: aiohttp.ClientResponse) -> None:
-    """aiohttp closes a connection whose chunks cease to be HTTP, but does not wake its reader."""
+class Answer(aiohttp.ClientResponse):
+    """A backend's answer."""
 
-    def closed(future: asyncio.Future[None]) -> None:
-        if not future.cancelled():
-            future.exception()  # seen, or asyncio complains that nobody looks
-        if not upstream.content.is_eof() and upstream.content.exception() is None:
-            upstream.content.set_exception(aiohttp.ClientPayloadError())
+    async def start(self, connection: Any) -> aiohttp.ClientResponse:
+        protocol = connection.protocol
+        await super().start(connection)
+        # The next request may have this connection if the backend promises to keep it, and this is
+        # a good answer of known length: after a refusal, a body that the backend has not read might
+        # pass for a request, and llama-server closes after a stream whatever it has promised.
+        if not self.ok or self.content_length is None or "Keep-Alive" not in self.headers:
+            protocol.force_close()
+            if self.content.is_eof():  # it is in the pool already
+                protocol.close()
+            elif (closed := protocol.closed) is not None:
+                closed.add_done_callback(self.fail_reader)
+        return self
 
-    protocol = None if upstream.connection is None else upstream.connection.protocol
-    if (future := getattr(protocol, "closed", None)) is not None:
-        future.add_done_callback(closed)
+    def fail_reader(self, closed: asyncio.Future[None]) -> None:
+        """aiohttp closes a connection whose chunks cease to be HTTP, but wakes no reader."""
+        if not closed.cancelled():
+            closed.exception()  # seen, or asyncio complains that nobody looks
+        if not self.content.is_eof() and self.content.exception() is None:
+            self.content.set_exception(aiohttp.ClientPayloadError())
 
 
 def answer_head(call: Call, upstream: aiohttp.ClientResponse) -> web.StreamResponse:
@@ -1593,9 +1603,8 @@ def make_app(settings: Settings, models: list[Model]) -> web.Application:
     async def lifespan(app: web.Application) -> AsyncIterator[None]:
         silence = settings.request_timeout_ms / 1000
         async with aiohttp.ClientSession(
-            # No connection is kept for a next request, which would be lost if the backend closes
-            # just then; llama-server does so after each stream, and none outlives a swap anyway.
-            connector=aiohttp.TCPConnector(force_close=True, limit=0),
+            # None is kept for as long as any backend does: it might close just as we use it.
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=0.5), response_class=Answer,
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=silence),
             cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False,
         ) as session:

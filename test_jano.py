@@ -2264,24 +2264,26 @@ async def test_killed_real_server_is_brought_back_and_stops_when_its_client_leav
 # -------------------------------------------------------------------------------- forward ----
 
 
-async def test_connection_that_a_stream_came_by_is_not_used_again(
+async def test_connection_is_used_again_only_after_a_good_answer_whose_backend_keeps_it(
     tmp_path: Path, chat: Backend
 ) -> None:
-    """llama-server closes it after the answer, though no header says so."""
-    connections = []
+    """llama-server promises to keep it with every answer, but closes it after a stream."""
+    keeps, connections = {"Keep-Alive": "timeout=5"}, []
+    cases: list[tuple[int, dict[str, str], bool]] = [
+        (200, keeps, False), (200, keeps, False), (200, keeps, True), (200, keeps, True),
+        (200, {}, False), (200, {}, False), (400, keeps, False), (200, keeps, False)]
 
-    async def stream(request: web.Request) -> web.StreamResponse:
+    async def answer(request: web.Request) -> web.StreamResponse:
         assert request.transport
         connections.append(request.transport.get_extra_info("peername"))
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        response = web.StreamResponse(status=status, headers=headers)
+        response.content_length = None if stream else 2
         await response.prepare(request)
-        await response.write(b"data: [DONE]\n\n")
+        await response.write(b"{}")
         return response
 
-    chat.answer = stream
+    chat.answer = answer
     async with running_jano(tmp_path, [entry(chat)]) as jano_:
-        for _ in range(2):
-            url, body = f"{jano_.url}/v1/chat/completions", {"model": "chat", "stream": True}
-            async with jano_.session.post(url, json=body) as answer:
-                assert await answer.read() == b"data: [DONE]\n\n"
-    assert connections[0] != connections[1]
+        for status, headers, stream in cases:  # noqa: B007
+            assert await jano_.ask("chat") == (status, {})
+    assert [connections.index(connection) for connection in connections] == [0, 0, 0, 3, 4, 5, 6, 7]
