@@ -623,7 +623,7 @@ class Worker(Schedule):
             raise SwapFailed(f"the script {how}", stderr=script.last_line())
         longest, begin = self.settings.health_poll_interval_ms / 1000, clock()
         while not await self.probe(model):
-            await asyncio.sleep(min(longest, max(0.05, 0.1 * (clock() - begin))))
+            await asyncio.sleep(min(longest, max(0.02, 0.06 * (clock() - begin))))
 
     async def probe(self, model: Model) -> bool:
         """Whether the backend says that it is ready: 2xx on its health path."""
