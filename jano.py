@@ -321,9 +321,9 @@ Queue = dict[str, "OrderedDict[Ticket, None]"]  # model -> its tickets, oldest f
 
 def take_next(queue: Queue, loaded: str | None) -> Ticket | None:
     """The oldest ticket for the loaded model, else the oldest ticket of all, else None."""
-    heads = {model: next(iter(tickets)) for model, tickets in queue.items()}
-    oldest = min(heads.values(), key=lambda ticket: ticket.arrived, default=None)
-    return heads.get(loaded or "", oldest)
+    if loaded in queue:
+        return next(iter(queue[loaded]))
+    return min(map(next, map(iter, queue.values())), key=lambda t: t.arrived, default=None)
 
 
 class Schedule:
@@ -405,21 +405,21 @@ def decide(state: Schedule, now: float) -> Decision:
     loaded, cost, left = state.loaded or "", state.cost, state.left
     ticket = take_next(queue, loaded)
     serve = ticket if len(state.in_flight) < state.slots.get(loaded, 1) else None
-    heads = {model: next(iter(queue[model])) for model in queue if model != loaded}
+    heads = [next(iter(queue[model])) for model in queue if model != loaded]
     if not heads:
         return Decision(serve)
     # Next is the model that has waited longest, and none waits while it is loaded: so long queues
     # take turns, instead of the longest coming back each time.
-    nxt = min(heads, key=lambda m: max(heads[m].arrived, left.get(m, -math.inf)))
-    trip = cost.get(loaded, 0.0) + cost.get(nxt, 0.0)  # there and back
-    held_from = max(state.loaded_at, heads[nxt].arrived)  # the clock runs only while somebody waits
+    head = min(heads, key=lambda t: max(t.arrived, left.get(t.model, -math.inf)))
+    trip = cost.get(loaded, 0.0) + cost.get(head.model, 0.0)  # there and back
+    held_from = max(state.loaded_at, head.arrived)  # the clock runs only while somebody waits
     if not state.turn:  # plain greed, no ceiling
-        nxt, held_from = min(heads, key=lambda m: heads[m].arrived), math.inf
+        head, held_from = min(heads, key=lambda t: t.arrived), math.inf
     if now < held_from + state.turn + 2 * trip:  # the loaded model keeps its turn
         if loaded in queue:
             return Decision(serve)
         if queue is state.tiers[PRIORITY]:
-            return Decision(swap_to=nxt)
+            return Decision(swap_to=head.model)
         if state.in_flight:
             return Decision()
         # Linger: a client whose pauses are short is back before a round trip would be over.
@@ -427,7 +427,7 @@ def decide(state: Schedule, now: float) -> Decision:
             until = min(state.idle_since.get(loaded, 0) + state.linger, held_from + trip)
             if now < until:
                 return Decision(until=until)
-    return Decision(swap_to=nxt)
+    return Decision(swap_to=head.model)
 
 # --------------------------------------------------------------------------------- worker ----
 
