@@ -2,8 +2,8 @@
 
     python bench/overhead.py [--quick] [--peer NAME=URL …] [--backend-port PORT]
 
-direct       the backend itself: raw asyncio, answers at once
-minimal      forty lines of aiohttp that forward with a pooled ClientSession and do nothing else
+direct       the backend itself: raw asyncio, answers at once; Keep-Alive as from llama-server
+minimal      a few lines of aiohttp that forward with a pooled ClientSession and do nothing else
 jano         with room for all (slots), its log in a file
 no records   jano with the recorders of its telemetry stubbed out (Telemetry, Tail)
 haproxy      and nginx, if they are on the PATH: one thread, kept connections, no buffering
@@ -275,7 +275,7 @@ def main() -> int:
         direct, minimal, jano, stubbed = targets[:4]
         for target in targets:
             asyncio.run(load(target, 8, 60, 500))  # warm up
-        for _ in range(3 if quick else 11):
+        for _ in range(3 if quick else 7):
             one_by_one(targets, 200 if quick else 400, stream=False)
             one_by_one(targets, 100 if quick else 200, stream=True)
             for connections in CONNECTIONS:

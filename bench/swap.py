@@ -97,16 +97,17 @@ def whole(bench: Bench, quick: bool) -> list[Figure]:
     script = bench.folder / "example.sh"
     script.write_text("".join(lines))
     script.chmod(0o700)
-    state = {"SWAP_STATE_DIR": str(bench.folder / "state")}
+    state = str(bench.folder / "state")
+    environ = {**os.environ, "SWAP_STATE_DIR": state}
     models = [{"name": n, "url": f"http://127.0.0.1:{port}"} for n, port in zip(names, ports)]
     bench.jano(jano, models, f'exec "{script}" "$@"', LINGER_MS="0", MAX_TURN_MS="0",
-               SWAP_STATE_DIR=state["SWAP_STATE_DIR"])
+               SWAP_STATE_DIR=state)
     client = Client(jano)
     by_hand, through = [], []
     try:
         for _ in range(5 if quick else 20):
             start = time.monotonic()
-            subprocess.run([script, names[0]], check=True, env={**os.environ, **state})
+            subprocess.run([script, names[0]], check=True, cwd=bench.folder, env=environ)
             while not answers(ports[0]):
                 time.sleep(0.005)
             by_hand.append(time.monotonic() - start)
@@ -114,7 +115,7 @@ def whole(bench: Bench, quick: bool) -> list[Figure]:
             client.ask(post(model=names[0]))
             through.append(client.ask(post(model=names[1]))[0])
     finally:
-        subprocess.run([script, "unload"], check=False, env={**os.environ, **state})
+        subprocess.run([script, "unload"], check=False, cwd=bench.folder, env=environ)
     table("A whole swap through swap.example.sh, in s", [
         {"": name, "median": f"{median(times):.3f}", "longest": f"{quantile(times, 1):.3f}"}
         for name, times in (("by hand", by_hand), ("through jano", through))])
