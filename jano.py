@@ -56,7 +56,6 @@ from bisect import bisect_left
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, fields
-from datetime import datetime, timezone
 from itertools import accumulate, islice
 from pathlib import Path
 from time import monotonic as clock
@@ -979,12 +978,16 @@ def log(level: str, msg: str, **fields: object) -> None:
     """One compact JSON object a line, on stdout. Never a prompt, an answer, a header or a key."""
     line = {"t": utc(time.time()), "level": level, "msg": msg, **fields}
     with contextlib.suppress(OSError, ValueError):  # a full disk, a closed pipe: serve on
-        print(json.dumps(line, separators=(",", ":")), flush=True)
+        print(compact(line), flush=True)
+
+
+compact = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would build one a line
 
 
 def utc(epoch: float) -> str:
-    text = datetime.fromtimestamp(epoch, timezone.utc).isoformat(timespec="milliseconds")
-    return text.replace("+00:00", "Z")
+    """RFC 3339, in milliseconds."""
+    whole, thousandths = divmod(int(epoch * 1000), 1000)
+    return time.strftime(f"%Y-%m-%dT%H:%M:%S.{thousandths:03}Z", time.gmtime(whole))
 
 
 def ms(seconds: float) -> int:
