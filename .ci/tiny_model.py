@@ -110,8 +110,9 @@ def network(shape: Shape, n_vocab: int) -> Weights:
     embd, constant = shape.embd, math.sqrt(shape.embd)
 
     def matrix(out: int, into: int, scale: float = 1.0) -> npt.NDArray[Any]:
-        noise = rng.standard_normal((out, into), dtype=np.float32)
-        return noise * np.float32(scale / math.sqrt(into))
+        noise: npt.NDArray[Any] = rng.standard_normal((out, into), dtype=np.float32)
+        noise *= np.float32(scale / math.sqrt(into))
+        return noise
 
     def writes(into: int) -> npt.NDArray[Any]:
         """A matrix whose output is added to the stream, scaled by how many of them add up."""
