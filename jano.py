@@ -56,6 +56,7 @@ from bisect import bisect_left
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, fields
+from datetime import datetime, timezone
 from itertools import accumulate, islice
 from pathlib import Path
 from time import monotonic as clock
@@ -985,9 +986,8 @@ compact = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would bui
 
 
 def utc(epoch: float) -> str:
-    """RFC 3339, in milliseconds."""
-    whole, thousandths = divmod(int(epoch * 1000), 1000)
-    return time.strftime(f"%Y-%m-%dT%H:%M:%S.{thousandths:03}Z", time.gmtime(whole))
+    text = datetime.fromtimestamp(epoch, timezone.utc).isoformat(timespec="milliseconds")
+    return text.replace("+00:00", "Z")
 
 
 def ms(seconds: float) -> int:
