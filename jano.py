@@ -1367,9 +1367,23 @@ async def read_call(jano: Jano, request: web.Request) -> Call:
     except ApiError:
         if not hint:
             raise
-    name = hint if name is None else name
+    model = find_model(jano, hint if name is None else name, request.path)
+    wanted = model.upstream_model if "model" in fields else ""
+    if wanted and (member := (found or await members(body)).get(b"model")):
+        body = body[: member.start(2)] + json.dumps(wanted).encode() + body[member.end(2) :]
+    jano.last_id += 1
+    tier = TIERS.get(str(fields.get("service_tier")), DEFAULT)
+    # Ollama's own API, under /api/, streams lines of JSON, where an SSE comment would be an error.
+    streaming = fields.get("stream") is True and not request.path.startswith("/api/")
+    return Call(model=model.name, arrived=clock(), tier=tier, id=str(jano.last_id), jano=jano,
+                request=request, to=model, worker=jano.worker_of(model), body=body,
+                streaming=streaming, tail=Tail())
+
+
+def find_model(jano: Jano, name: object, path: str) -> Model:
+    """By its name or an alias; if there is no name, by the path. Raises ApiError 400."""
     if name is None:
-        route = bare(request.path)
+        route = bare(path)
         model = next((m for m in jano.models.values() if route in map(bare, m.endpoints)), None)
     else:
         model = jano.names.get(name.casefold()) if isinstance(name, str) else None
@@ -1378,19 +1392,7 @@ async def read_call(jano: Jano, request: web.Request) -> Call:
         text = "no model is named" if name is None else f"unknown model {shown(name)}"
         text += f"; accepted: {', '.join(accepted)}"
         raise ApiError(400, text, "model_not_found", param="model", accepted=accepted)
-    if model.upstream_model and "model" in fields:
-        if found:
-            begin, end = found[b"model"].span(2)
-            body = body[:begin] + json.dumps(model.upstream_model).encode() + body[end:]
-        else:
-            body = json.dumps({**fields, "model": model.upstream_model}).encode()
-    jano.last_id += 1
-    tier = TIERS.get(str(fields.get("service_tier")), DEFAULT)
-    # Ollama's own API, under /api/, streams lines of JSON, where an SSE comment would be an error.
-    streaming = fields.get("stream") is True and not request.path.startswith("/api/")
-    return Call(model=model.name, arrived=clock(), tier=tier, id=str(jano.last_id), jano=jano,
-                request=request, to=model, worker=jano.worker_of(model), body=body,
-                streaming=streaming, tail=Tail())
+    return model
 
 
 def bare(route: str) -> str:
@@ -1415,8 +1417,9 @@ MEMBER = re.compile(rb'"(model|stream|service_tier)"\s*:\s*("(?:[^"\\]|\\.){0,99
 
 
 async def members(body: bytes) -> dict[bytes, re.Match[bytes]]:
-    """The members of a large JSON object that matter here. Not parsed, as the parser would hold up
-    everybody for seconds and make a gigabyte of 50 MB; the backend judges it. Or ApiError 400."""
+    """Where the members that matter here stand in a JSON object. A large body is not parsed, as the
+    parser would hold up everybody for seconds and make a gigabyte of 50 MB; what else is wrong with
+    one, its backend says. Raises ApiError 400."""
     found: dict[bytes, re.Match[bytes]] = {}
     step, at, depth, quoted = 0, 0, 0, False
     while at < len(body):
@@ -1663,11 +1666,7 @@ async def run(settings: Settings, models: list[Model],
 
     await stop.wait()
     listener.close()
-    jano.stopping = True
-    for worker in jano.workers.values():
-        worker.close(*SHUTTING_DOWN)
-    if jano.tasks:
-        await asyncio.wait(jano.tasks, timeout=settings.shutdown_timeout_ms / 1000)
+    await drain(jano)
     if beside:
         beside.cancel()
     status = jano.status()
@@ -1675,6 +1674,15 @@ async def run(settings: Settings, models: list[Model],
     log("info", "jano stopped", served=status["requestsServedTotal"], swaps=status["swapsTotal"],
         swapsAvoided=status["swapsAvoided"], swapTimeSavedMs=status["swapTimeSavedMs"])
     return 0
+
+
+async def drain(jano: Jano) -> None:
+    """Fail the queued, take no more, and give what is in flight SHUTDOWN_TIMEOUT_MS to finish."""
+    jano.stopping = True
+    for worker in jano.workers.values():
+        worker.close(*SHUTTING_DOWN)
+    if jano.tasks:
+        await asyncio.wait(jano.tasks, timeout=jano.settings.shutdown_timeout_ms / 1000)
 
 
 def reload(jano: Jano) -> None:
