@@ -136,8 +136,9 @@ async def test_rotated_log_goes_on_in_the_same_file_without_a_line_lost(tmp_path
             assert log.read_text() == ("" if force else before)
         assert gzip.decompress((home / "jano.log.1.gz").read_bytes()).decode() == before
         jano.send_signal(signal.SIGHUP)
-        await event(until(lambda: log.read_text().endswith("\n")))
-        assert messages(log.read_text()) == ["models reloaded"]  # and no hole before it
+        await event(until(lambda: "models reloaded" in log.read_text()))
+        # And no hole before them.
+        assert messages(log.read_text()) == ["received signal", "models reloaded"]
     finally:
         jano.terminate()
         assert await event(jano.wait()) == 0
