@@ -44,8 +44,7 @@ JANO = Path(jano.__file__).resolve()
 PATIENCE = 10  # seconds that an event may take on a slow machine before a test gives up on it
 
 
-# -------------------------------------------------------------------------------- helpers ----
-
+# ------------------------------------------------------------------ helpers: fake backends ----
 
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -114,6 +113,98 @@ async def code() -> AsyncIterator[Backend]:
     await backend.stop()
 
 
+def says(*pieces: bytes, status: Any = 200, **headers: Any) -> Answer:
+    """One piece goes out with a Content-Length, several in chunks; an empty one is a pause."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(status=status, headers=JSON | headers)
+        response.content_length = len(pieces[0]) if len(pieces) == 1 else None
+        await response.prepare(request)
+        for piece in pieces:
+            await response.write(piece)
+            await asyncio.sleep(0 if piece else 0.1)
+        return response
+
+    return answer
+
+
+JSON = {"Content-Type": "application/json"}
+
+
+def entry(backend: Backend, **keys: Any) -> dict[str, Any]:
+    return {"name": backend.name, "url": backend.url, **keys}
+
+
+def passthrough(name: str, backend: Backend) -> dict[str, Any]:
+    return {"name": name, "url": backend.url, "passthrough": True}
+
+
+HELD, RESET = b"<held>", b"<reset>"  # how an answer ends: not yet, or broken; else it just ends
+LINGER = socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)  # close is a reset
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+OK, OLD = b"HTTP/1.1 200 OK\r\n", b"HTTP/1.0 200 OK\r\n"
+SIZED, IN_CHUNKS = OK + b"Content-Length: 9\r\n\r\n", OK + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+class Raw:
+    """In bytes, behind a jano of its own. Its models have path prefixes, by which it can tell."""
+
+    jano: Running
+    port, reply = 0, OK + b"Content-Length: 2\r\n\r\n{}"
+    ready_once = False  # refuse connections once /health was asked
+
+    async def listen(self) -> None:
+        self.server = await asyncio.start_server(self.talk, "127.0.0.1", self.port)
+        self.port = self.server.sockets[0].getsockname()[1]
+        self.seen: list[bytes] = []  # POSTs as they came
+        self.talks: asyncio.Queue[asyncio.StreamWriter] = asyncio.Queue()  # their connections
+        self.tasks: set[asyncio.Task[None] | None] = set()
+
+    async def talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.tasks.add(asyncio.current_task())
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+        except asyncio.IncompleteReadError:  # jano has left
+            return writer.close()
+        if head.startswith(b"GET "):
+            if self.ready_once:
+                self.server.close()
+            return self.say(writer, OLD + b"Content-Length: 0\r\n\r\n")
+        length = int(re.findall(rb"(?i)\r\ncontent-length: ([0-9]+)\r\n", head)[0])
+        self.seen.append(head + await reader.readexactly(length))
+        self.talks.put_nowait(writer)
+        self.say(writer, self.reply)
+        with contextlib.suppress(ConnectionError):
+            await reader.read(1)  # until jano is gone, or asks for more
+        writer.close()
+
+    def say(self, writer: asyncio.StreamWriter, answer: bytes) -> None:
+        writer.write(answer.removesuffix(HELD).removesuffix(RESET))
+        if answer.endswith(RESET):
+            writer.get_extra_info("socket").setsockopt(*LINGER)
+        if not answer.endswith(HELD):
+            writer.close()
+
+
+@pytest.fixture
+async def raw(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Raw]:
+    backend, resident = Raw(), {"passthrough": True}
+    await backend.listen()
+    url = f"http://127.0.0.1:{backend.port}"
+    models: list[dict[str, Any]] = [
+        {"name": "chat", "url": url},
+        {"name": "up", "url": f"{url}/u/p/v1/", "upstream_model": "org/Ä-7B", **resident},
+        {"name": "asr", "url": f"{url}/asr/", "aliases": ["Ünï/8b"], **resident,
+         "endpoints": ["audio/transcriptions", "/v1/rerank/"]}]
+    async with running_jano(tmp_path, models, **getattr(request, "param", {})) as backend.jano:
+        yield backend
+    backend.server.close()
+    await event(asyncio.wait(backend.tasks))
+
+
+# ------------------------------------------------------------------- helpers: swap scripts ----
+
+
 def swap_script(folder: Path, body: str = "", name: str = "swap.sh") -> Path:
     """A real script: notes its calls, then does what body says ($1: the model)."""
     script = folder / name
@@ -125,11 +216,47 @@ def swap_script(folder: Path, body: str = "", name: str = "swap.sh") -> Path:
     return script
 
 
+def gated_script(folder: Path, model: str = "code", then: str = "") -> Path:
+    """For this model the script runs until there is a file `go` (20 seconds at most)."""
+    wait = f'for _ in $(seq 400); do [ -e "{folder}/go" ] && break; sleep 0.05; done'
+    return swap_script(folder, f'if [ "$1" = {model} ]; then {wait}; {then}\nfi')
+
+
+def script(folder: Path, body: str = "") -> Path:
+    """chat is loaded already; any swap waits for the file go, then does what body says."""
+    return swap_script(folder, f"""[ "$1" != status ] || {{ echo "chat: loaded"; exit; }}
+        until [ -e "{folder}/go" ]; do sleep 0.02; done; {body}""")
+
+
 def calls(folder: Path) -> list[str]:
     """The models that the script was called for, in order, `status` left out."""
     path = folder / "calls"
     lines = path.read_text().splitlines() if path.exists() else []
     return [line.split()[0] for line in lines if not line.startswith("status ")]
+
+
+def called(folder: Path) -> list[str]:
+    """The calls of the script, `status` left out, with what its environment said."""
+    return [line.replace(" group=default", "") for line in
+            (folder / "calls").read_text().splitlines() if not line.startswith("status ")]
+
+
+# --------------------------------------------------------------- helpers: the running jano ----
+
+
+async def event(awaitable: Awaitable[Any]) -> Any:
+    """Wait for something that must happen."""
+    return await asyncio.wait_for(awaitable, PATIENCE)
+
+
+async def until(true: Callable[[], bool]) -> None:
+    """What another process does without telling us; within `event`."""
+    while not true():
+        await asyncio.sleep(0.02)
+
+
+async def statuses(asks: list[asyncio.Task[Any]]) -> list[int]:
+    return [answer.status for answer in await event(asyncio.gather(*asks))]
 
 
 class Running:
@@ -208,38 +335,142 @@ async def running_jano(
         assert not broken, broken
 
 
-def entry(backend: Backend, **keys: Any) -> dict[str, Any]:
-    return {"name": backend.name, "url": backend.url, **keys}
+async def start(folder: Path, port: int, redirection: str = "") -> asyncio.subprocess.Process:
+    (folder / "models.json").write_text('{"models": [{"name": "a", "url": "http://127.0.0.1:1"}]}')
+    return await asyncio.create_subprocess_exec(
+        "sh", "-c", f'exec "$0" "$1" {redirection}', sys.executable, str(JANO), cwd=folder,
+        env={**os.environ, "JANO_PORT": str(port), "SWAP_COMMAND": str(swap_script(folder))},
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT)
 
 
-async def event(awaitable: Awaitable[Any]) -> Any:
-    """Wait for something that must happen."""
-    return await asyncio.wait_for(awaitable, PATIENCE)
+async def post(jano_: Running, model: str, **fields: Any) -> aiohttp.ClientResponse:
+    """One chat completion; its answer has been read to the end."""
+    body = {"model": model, "messages": [], **fields}
+    async with jano_.session.post(f"{jano_.url}/v1/chat/completions", json=body) as answer:
+        await answer.read()
+    return answer
 
 
-# ---------------------------------------------------------------------------------- smoke ----
+async def queued(jano_: Running, *models: str, **fields: Any) -> list[asyncio.Task[Any]]:
+    """Requests for these models, arrived one after the other."""
+    asks = []
+    for model in models:
+        so_far = sum(line["msg"] == "enqueued" for line in jano_.lines)
+        asks.append(asyncio.create_task(post(jano_, model, **fields)))
+        await jano_.logged("enqueued", so_far + 1)
+    return asks
 
 
-async def test_six_requests_of_two_models_cost_one_swap(
-    tmp_path: Path, chat: Backend, code: Backend
-) -> None:
-    swap = swap_script(tmp_path, 'if [ "$1" = status ]; then echo "chat: loaded"; fi')
-    async with running_jano(tmp_path, [entry(chat), entry(code)], swap) as jano_:
-        chat.answer = chat.held
-        asks = []
-        for number, model in enumerate(["chat", "code", "chat", "chat", "code", "code"], 1):
-            asks.append(asyncio.create_task(jano_.ask(model)))
-            await jano_.logged("enqueued", id=str(number))
-        chat.release.set()
-        await asyncio.gather(*asks)
-        assert calls(tmp_path) == ["code"]
-        await jano_.logged("served", 6)
-        served = [line["id"] for line in jano_.lines if line["msg"] == "served"]
-        assert served == ["1", "3", "4", "2", "5", "6"]
-        assert (await jano_.status())["swapsAvoided"] == 2
+async def read(jano_: Running, path: str) -> Any:
+    """What GET path says: an object, or else a text."""
+    async with jano_.session.get(jano_.url + path) as answer:
+        return json.loads(text) if (text := await answer.text())[0] == "{" else text
 
 
-# -------------------------------------------------------------------------- configuration ----
+async def shows(jano_: Running, **wanted: Any) -> dict[str, Any]:
+    """/status, where these fields must have these values."""
+    found = await jano_.status()
+    assert {name: found[name] for name in wanted} == wanted
+    return found
+
+
+async def all_over(jano_: Running, files: int = 999) -> int:
+    """Wait until nothing runs or waits, and no more files are open than so many; how many are."""
+    status, folder = await jano_.status(), Path(f"/proc/{jano_.process.pid}/fd")  # Linux only
+    while status["inFlight"] or status["queueDepth"] or len([*folder.glob("*")]) > files:
+        status = await jano_.status()
+    return len([*folder.glob("*")])
+
+
+def epoch(ts: str) -> float:
+    when = datetime.strptime(ts, "%Y-%m-%dT%H:%M:%S.%fZ")
+    return when.replace(tzinfo=timezone.utc).timestamp()
+
+
+# --------------------------------------------------------------- helpers: clients in bytes ----
+
+
+def post_bytes(body: bytes = b'{"model":"chat"}', *headers: str,
+               path: str = "/v1/chat/completions", version: str = "1.1") -> bytes:
+    length = [] if "Transfer-Encoding: chunked" in headers else [f"Content-Length: {len(body)}"]
+    close = [] if "Connection: keep-alive" in headers else ["Connection: close"]
+    lines = [f"POST {path} HTTP/{version}", "Host: localhost", *headers, *length, *close, "", ""]
+    return "\r\n".join(lines).encode() + body
+
+
+def chunks(data: bytes) -> bytes:
+    return b"1\r\n%c\r\n%x\r\n%b\r\n0\r\nX-T: 1\r\n\r\n" % (data[0], len(data) - 1, data[1:])
+
+
+def form_bytes(*parts: tuple[bytes, bytes], end: bytes = b"--") -> bytes:
+    return b"".join(b'--B\r\nContent-Disposition: form-data; name="%b"\r\n\r\n%b\r\n' % part
+                    for part in parts) + b"--B" + end + b"\r\n"
+
+
+@contextlib.asynccontextmanager
+async def connected(jano_: Running, sent: bytes) -> AsyncIterator[Streams]:
+    """A client that sends this, and at the end of the block is gone."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", jano_.port)
+    with contextlib.closing(writer):
+        writer.write(sent)
+        yield reader, writer
+
+
+async def exchange(jano_: Running, sent: bytes, patience: float = PATIENCE) -> bytes:
+    async with connected(jano_, sent) as (reader, _):
+        return await asyncio.wait_for(reader.read(-1), patience)
+
+
+async def spoken(jano_: Running, data: bytes, patience: float = PATIENCE) -> bytes:
+    """What comes back for these bytes, until the connection ends."""
+    found = b""
+    reader, writer = await asyncio.open_connection("127.0.0.1", jano_.port)
+    with contextlib.closing(writer), contextlib.suppress(ConnectionError, asyncio.TimeoutError):
+        writer.write(data)
+        while piece := await asyncio.wait_for(reader.read(2**16), patience):
+            found += piece
+    return found
+
+
+def parsed(message: bytes) -> tuple[str, list[tuple[str, str]], bytes]:
+    head, _, body = message.partition(b"\r\n\r\n")
+    first, *lines = head.decode().split("\r\n")
+    pairs = [line.split(": ", 1) for line in lines]
+    return first, [(name.lower(), value) for name, value in pairs], body
+
+
+def answered(message: bytes) -> http.client.HTTPResponse:
+    """As another implementation than aiohttp reads it."""
+    stream: Any = SimpleNamespace(makefile=lambda *_: io.BytesIO(message))
+    answer = http.client.HTTPResponse(stream, method="POST")
+    answer.begin()
+    return answer
+
+
+def refused(message: bytes) -> int:
+    """The status of an error in OpenAI's shape."""
+    answer = answered(message)
+    assert json.loads(answer.read())["error"].keys() == {"message", "type", "param", "code"}
+    return answer.status
+
+
+async def wire(jano_: Running, request: str) -> tuple[int, str, str]:
+    """Send "line|header|header||body"; the status, lower-case head and body of the answer."""
+    text, _, body = request.partition("||")
+    line, *headers = text.split("|")
+    if " HTTP/" not in line:  # what is missing is added
+        body = body or ASK * line.startswith("POST")
+        line += " HTTP/1.1"
+        headers += [] if "Host:" in text else ["Host: localhost"]
+        headers += [] if re.search("-Length|-Encoding", text) else [f"Content-Length: {len(body)}"]
+    reader, writer = await asyncio.open_connection("localhost", jano_.port)
+    writer.write("\r\n".join([line, *headers, "Connection: close", "", body]).encode("latin-1"))
+    head, _, answer = (await event(reader.read())).decode().partition("\r\n\r\n")
+    writer.close()
+    return int(head.split()[1]), head.lower(), answer
+
+
+# ---------------------------------------------------------------------------------- config ----
 
 ENTRY = {"name": "a", "url": "http://127.0.0.1:1"}
 
@@ -363,7 +594,7 @@ async def test_command_exits_with_2_and_a_line_a_fault_and_runs_no_script(tmp_pa
     assert (check[0], check[1].count("\n"), check[2], calls(tmp_path)) == (0, 1, "", [])
 
 
-# ------------------------------------------------------------------------ picker and policy ----
+# ----------------------------------------------------------------------- picker and policy ----
 
 
 def test_take_next_is_the_loaded_models_oldest_else_the_oldest() -> None:
@@ -453,710 +684,26 @@ def test_greed_is_bounded(steps: str, settings: dict[str, Any], decision: str) -
     assert play(steps, **settings) == decision
 
 
-# ------------------------------------------------------------------------- HTTP and safety ----
+# ---------------------------------------------------------------------------------- worker ----
 
 
-async def wire(jano_: Running, request: str) -> tuple[int, str, str]:
-    """Send "line|header|header||body"; the status, lower-case head and body of the answer."""
-    text, _, body = request.partition("||")
-    line, *headers = text.split("|")
-    if " HTTP/" not in line:  # what is missing is added
-        body = body or ASK * line.startswith("POST")
-        line += " HTTP/1.1"
-        headers += [] if "Host:" in text else ["Host: localhost"]
-        headers += [] if re.search("-Length|-Encoding", text) else [f"Content-Length: {len(body)}"]
-    reader, writer = await asyncio.open_connection("localhost", jano_.port)
-    writer.write("\r\n".join([line, *headers, "Connection: close", "", body]).encode("latin-1"))
-    head, _, answer = (await event(reader.read())).decode().partition("\r\n\r\n")
-    writer.close()
-    return int(head.split()[1]), head.lower(), answer
-
-
-ASK = '{"model": "chat"}'
-OWN = ["/", "/health", "/status", "/usage", "/metrics", "/models", "/v1/models", "/v1/models/chat"]
-TE, CHUNKS = "Transfer-Encoding:", '11\r\n{"model": "chat"}\r\n0\r\n\r\n'
-
-
-@pytest.mark.parametrize(("settings", "answers"), [
-    pytest.param({}, {
-        "200 ": ["GET /|Expect: x", *(f"{way} {path}" for path in OWN for way in ("GET", "HEAD"))],
-        "204 allow: get, head, post, options": [f"OPTIONS {path}" for path in (*OWN, "/none")],
-        "405 allow: get, head, options": [f"POST {path}" for path in OWN],
-        "405 allow: post, options": ["PUT /x", "DELETE /none", "TRACE //"],
-        "404 unknown_route": ["GET /none", "GET //", "GET /v1/chat/completions", "GET /%0a"],
-        "404 content-type: application/json": [
-            "GET /v1/models/none", "HEAD /v1/models/none", "HEAD /none", "CONNECT h:1"],
-    }, id="every route answers HEAD and tells its methods"),
-    pytest.param({}, {
-        "400 invalid_json": ["POST /x HTTP/1.0", *(f"POST /x||{body}" for body in (
-            " ", "null", "[]", "7", '"chat"', "{", "\xff", f"{ASK} x", "[" * 100_000,
-            '{"model": ' * 100_000, '{"model": "chat", "n": ' + "9" * 5000 + "}"))],
-        "400 invalid_body": [  # also where aiohttp lacks br or zstd
-            f"POST /x|Content-Length: 17|Content-Encoding: {coding}||{ASK}"
-            for coding in ("br", "zstd", "gzip", "deflate")],
-        '400 "model_not_found"}, "accepted": ["chat", "Fast"]}': ["POST /x||{}", *(
-            f'POST /x||{{"model": {value}}}' for value in (
-                "null", '"none"', '["chat"]', "1e999", "9" * 4000, r'"\ud800\n"', '"chat\xff"'))],
-    }, id="an unusable body is a 400"),
-    pytest.param({}, {
-        "400 invalid_http": [
-            "GET / HTTP/9", "NONE /", f"POST /x HTTP/1.1|Content-Length: 17||{ASK}",  # no Host
-            f"POST /x HTTP/1.1\nHost: localhost\nContent-Length: 17\n\n{ASK}",
-            "GET *", "POST @h/", "POST x:@h/", "POST /\xff", "\x16",
-            *(f"POST /x|{rest}" for rest in (
-                f"Content-Length: 17|{TE} chunked||{CHUNKS}", "Content-Length: 17, 17",
-                "Content-Length: 1|Content-Length: 17", "Content-Length: 17|Content-Length: 17",
-                f"{TE} chunked|{TE} chunked||{CHUNKS}", f"{TE} chunked, chunked||{CHUNKS}",
-                f"{TE} chunked||11;x\n{CHUNKS[4:]}", f"{TE}\r\n chunked||{CHUNKS}", f"{TE}||{ASK}",
-                f"{TE} identity|Content-Length: 17||{ASK}", f"{TE} chunked||-{CHUNKS}",
-                f"{TE} chunked||1000000000000000{CHUNKS}", "Content-Length:", "Content-Length: -0",
-                "Content-Length: +17", "Content-Length: 0x11", "Content-Length : 17",
-                f"Transfer-Encoding : chunked||{CHUNKS}", f"{TE}\x0bchunked||{CHUNKS}",
-                f"{TE} xchunked||{CHUNKS}", f"{TE} chunked, identity||{CHUNKS}",
-                f"{TE} chunked||0x{CHUNKS}", f"{TE} chunked||11\n{CHUNKS[4:]}",
-                f"{TE} chunked||{CHUNKS[:21]}XX{CHUNKS[21:]}", "X: a\r\n b: c", "X: a\r\n\tb: c",
-                "X: a\nY: b", "X: a\rY: b", "X: a\0b", "X Y: b", "X", "Host: a|Host: localhost"))],
-        f"200 POST /x||{ASK}": [f"POST /x|{TE} chunked||{chunks_}" for chunks_ in (
-            f"{CHUNKS[:-2]}X-Evil: 1\r\n\r\n", f'11;a=b;c="d"{CHUNKS[2:]}')],
-    }, id="what is not clear HTTP is a 400 and never sent on"),
-    pytest.param({}, {
-        **{f"200 POST {path}||{ASK}": [f"POST {path}"] for path in (
-            "//h/", "/../%2e%2e/x", "/x?a=%0d%0aX-Evil:%201&b=c+d%20", "/v1/%E2%9C%93/%FF")},
-        **{f"200 POST /x||{body}": [f"POST /x||{body}"] for body in (
-            '{"model":"CHAT"}', ' {"model" : "fAST" }\n', '{"model":"chat","x":"\xff"}')},
-        f"200 POST /x?y||{ASK}": ["POST http://elsewhere.example/x?y"],
-        f"200 POST /x|Authorization: Bearer own||{ASK}": ["POST /x|Authorization: Bearer own"],
-        f"200 POST /1.0||{ASK}": [f"POST /1.0 HTTP/1.0|Content-Length: 17||{ASK}"],  # without Host
-        f"200 POST /x|B: 2||{ASK}": ["POST /x|A: 1|Connection: C|Connection: A|B: 2"],
-    }, id="an odd request is sent on to the byte"),
-    pytest.param({"JANO_ALLOWED_HOSTS": "box.local, other", "JANO_HOST": "LocalHost"}, {
-        "200 ": [f"GET /|Host: {host}" for host in (
-            "localhost", "LOCALHOST:1", "127.0.0.1:8", "[::1]", "[::1]:8", "box.local:5", "Other")],
-        "403 host_not_allowed": [f"{method} /|Host: {host}" for method in ("GET", "OPTIONS", "POST")
-                                 for host in ("evil.example", "localhost.evil.example:1", "", "[",
-                                              "x@localhost", "[::1", "::1", "127.0.0.1.h", "\xff")],
-    }, id="only known hosts are answered"),
-    pytest.param({"JANO_HOST": "0x7F.1"}, {  # loopback however it is spelt
-        "200 ": [f"GET /|Host: {host}" for host in ("0x7f.1:8", "127.0.0.1", "localhost")],
-        "403 host_not_allowed": ["GET /|Host: evil.example"],
-    }, id="only known hosts are answered on any loopback address"),
-    pytest.param({"JANO_API_KEY": "k", "JANO_CORS_ORIGINS": "https://a.example, app://b"}, {
-        "200 \r\naccess-control-allow-origin: https://a.example\r\n": [
-            f"{ask}|x-api-key: k|Origin: https://a.example" for ask in ("POST /x", "GET /models")],
-        "401 \r\naccess-control-allow-origin: app://b\r\n": ["POST /x|Origin: app://b"],
-        "204 \r\naccess-control-allow-headers: x-api-key": [
-            "OPTIONS /x|Origin: app://b|Access-Control-Request-Headers: X-Api-Key"],
-        "403 origin_not_allowed": [
-            f"{method} /x|x-api-key: k|Origin: {origin}" for method in ("GET", "POST", "OPTIONS")
-            for origin in ("https://a.example.evil", "http://localhost:1", "null", "\xff")],
-        "200 POST /": ["POST /x|x-api-key: k|Origin: http://localhost"],  # jano's own page
-    }, id="only known origins are answered, and may read streams and errors"),
-    pytest.param({"JANO_CORS_ORIGINS": "*"}, {
-        "200 access-control-allow-origin: http://any": ["POST /x|Origin: http://any"],
-        "200 \r\nvary: accept\r\n": ["POST /x|Origin: http://any"],  # the backend's own
-    }, id="a star allows every origin"),
-    pytest.param({"JANO_API_KEY": "k"}, {
-        "401 invalid_api_key": [
-            "GET /status", "GET /usage", "GET /metrics", "GET /models", "GET /none", "POST /x",
-            "POST /x|x-api-key: K", "POST /x|x-api-key: \xff", "POST /x|Authorization: Bearer no"],
-        '200 {"ok": true}': ["GET /health", "GET /health|x-api-key: no"],  # and no more
-        "200 <!doctype html": ["GET /"],
-        "200 queueDepth": ["GET /health|x-api-key: k", "GET /status|Authorization: Bearer k"],
-        f"200 POST /x|x-api-key: own||{ASK}": ["POST /x|Authorization: Bearer k|x-api-key: own"],
-        f"200 POST /x|Authorization: own||{ASK}": ["POST /x|Authorization: own|x-api-key: k"],
-        f"200 POST /x||{ASK}": ["POST /x|Authorization: Bearer k|x-api-key: k"],
-    }, id="a key is needed and stays with jano"),
-])
-async def test_request_is_answered_or_sent_on(
-    tmp_path: Path, chat: Backend, settings: Any, answers: dict[str, list[str]]
+async def test_six_requests_of_two_models_cost_one_swap(
+    tmp_path: Path, chat: Backend, code: Backend
 ) -> None:
-    async def echo(request: web.Request) -> web.Response:
-        got = [f"{name}: {value}" for name, value in request.headers.items()
-               if name not in ("Host", "Content-Length", "Connection")]  # which are made anew
-        text = "|".join([f"POST {request.raw_path}", *got, "", chat.bodies[-1].decode("latin-1")])
-        return web.Response(text=text, content_type="text/event-stream", headers={"Vary": "Accept"})
-
-    chat.answer, sent_on = echo, 0
-    async with running_jano(tmp_path, [entry(chat, aliases=["Fast"])], **settings) as jano_:
-        for wanted, requests in answers.items():
-            for request in requests:
-                status, head, body = await wire(jano_, request)
-                assert f"{status} " == wanted[:4], request[:200]
-                assert wanted[4:] in head + body, request[:200]
-                if status >= 400 and not request.startswith("HEAD"):
-                    assert json.loads(body)["error"].keys() == {"message", "type", "param", "code"}
-                sent_on += status == 200 and request.startswith("POST")
-        left = json.loads((await wire(jano_, "GET /status|x-api-key: k"))[2])
-        assert (left["inFlight"], left["queueDepth"], len(chat.requests)) == (0, 0, sent_on)
-
-
-async def test_models_are_listed_and_found_by_any_name(tmp_path: Path, chat: Backend) -> None:
-    swap = swap_script(tmp_path, '[ "$1" != status ] || echo "a/b:7b: loaded"')
-    models = [{**entry(chat), "name": "a/b:7b", "aliases": ["Fast"], "metadata": {"n": 1}},
-              entry(chat, label="C!"), {**entry(chat), "name": "ears", "passthrough": True}]
-    async with running_jano(tmp_path, models, swap) as jano_:
-        await jano_.logged("worker started")
-        listed = json.loads((await wire(jano_, "GET /v1/models"))[2])["data"]
-        since = listed[0]["created"]
-        assert [list(model.values()) for model in listed] == [
-            ["a/b:7b", "model", since, "jano", "a/b:7b", ["Fast"], "loaded", {"n": 1}],
-            ["chat", "model", since, "jano", "C!", [], "unloaded", {}],
-            ["ears", "model", since, "jano", "ears", [], "loaded", {}]]
-        for name in ("a/b:7b", "a%2Fb:7b", "A%2fB%3A7b", "fast"):
-            assert json.loads((await wire(jano_, f"GET /v1/models/{name}"))[2]) == listed[0]
-        chat.ready = False
-        asked = asyncio.create_task(jano_.ask("chat"))
-        await jano_.logged("swap requested")
-        assert json.loads((await wire(jano_, "GET /v1/models/chat"))[2])["status"] == "loading"
-        chat.ready = True
-        assert (await asked)[0] == 200
-
-
-async def test_hostile_names_arrive_everywhere_as_they_are(tmp_path: Path, chat: Backend) -> None:
-    names = ["it's \"so\"", f"$(touch {tmp_path}/x)", f"`touch {tmp_path}/x`; a", "<script>",
-             "back\\slash\\n", "🦙", "-rf", "../../etc", "x" * 200, "%s%2F{}"]
-    swap = swap_script(tmp_path, f"printf '%s|' \"$@\" >>'{tmp_path}/argv'")
-    models = [{"name": name, "url": chat.url} for name in names]
-    async with running_jano(tmp_path, models, swap) as jano_:
-        for name in names:
-            assert (await jano_.ask(name))[0] == 200
-            assert json.loads(chat.bodies[-1])["model"] == name
-            found = json.loads((await wire(jano_, f"GET /v1/models/{quote(name, safe='')}"))[2])
-            assert (found["id"], found["status"]) == (name, "loaded")
-        assert (tmp_path / "argv").read_text() == "|".join(["status", *names, ""])
-        assert [line["model"] for line in jano_.lines if line["msg"] == "swap ready"] == names
-        label = r'jano_requests_total\{model="((?:\\.|[^\\"\n])*)",status="200"\} 1'
-        found = re.findall(label, (await wire(jano_, "GET /metrics"))[2])
-        assert [re.sub(r"\\(.)", r"\1", name) for name in found] == names
-    assert not (tmp_path / "x").exists()
-
-
-# --------------------------------------------------------------- helpers: both ends in bytes ----
-
-HELD, RESET = b"<held>", b"<reset>"  # how an answer ends: not yet, or broken; else it just ends
-LINGER = socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)  # close is a reset
-Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
-OK, OLD = b"HTTP/1.1 200 OK\r\n", b"HTTP/1.0 200 OK\r\n"
-SIZED, IN_CHUNKS = OK + b"Content-Length: 9\r\n\r\n", OK + b"Transfer-Encoding: chunked\r\n\r\n"
-
-
-class Raw:
-    """In bytes, behind a jano of its own. Its models have path prefixes, by which it can tell."""
-
-    jano: Running
-    port, reply = 0, OK + b"Content-Length: 2\r\n\r\n{}"
-    ready_once = False  # refuse connections once /health was asked
-
-    async def listen(self) -> None:
-        self.server = await asyncio.start_server(self.talk, "127.0.0.1", self.port)
-        self.port = self.server.sockets[0].getsockname()[1]
-        self.seen: list[bytes] = []  # POSTs as they came
-        self.talks: asyncio.Queue[asyncio.StreamWriter] = asyncio.Queue()  # their connections
-        self.tasks: set[asyncio.Task[None] | None] = set()
-
-    async def talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.tasks.add(asyncio.current_task())
-        try:
-            head = await reader.readuntil(b"\r\n\r\n")
-        except asyncio.IncompleteReadError:  # jano has left
-            return writer.close()
-        if head.startswith(b"GET "):
-            if self.ready_once:
-                self.server.close()
-            return self.say(writer, OLD + b"Content-Length: 0\r\n\r\n")
-        length = int(re.findall(rb"(?i)\r\ncontent-length: ([0-9]+)\r\n", head)[0])
-        self.seen.append(head + await reader.readexactly(length))
-        self.talks.put_nowait(writer)
-        self.say(writer, self.reply)
-        with contextlib.suppress(ConnectionError):
-            await reader.read(1)  # until jano is gone, or asks for more
-        writer.close()
-
-    def say(self, writer: asyncio.StreamWriter, answer: bytes) -> None:
-        writer.write(answer.removesuffix(HELD).removesuffix(RESET))
-        if answer.endswith(RESET):
-            writer.get_extra_info("socket").setsockopt(*LINGER)
-        if not answer.endswith(HELD):
-            writer.close()
-
-
-@pytest.fixture
-async def raw(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Raw]:
-    backend, resident = Raw(), {"passthrough": True}
-    await backend.listen()
-    url = f"http://127.0.0.1:{backend.port}"
-    models: list[dict[str, Any]] = [
-        {"name": "chat", "url": url},
-        {"name": "up", "url": f"{url}/u/p/v1/", "upstream_model": "org/Ä-7B", **resident},
-        {"name": "asr", "url": f"{url}/asr/", "aliases": ["Ünï/8b"], **resident,
-         "endpoints": ["audio/transcriptions", "/v1/rerank/"]}]
-    async with running_jano(tmp_path, models, **getattr(request, "param", {})) as backend.jano:
-        yield backend
-    backend.server.close()
-    await event(asyncio.wait(backend.tasks))
-
-
-def post_bytes(body: bytes = b'{"model":"chat"}', *headers: str,
-               path: str = "/v1/chat/completions", version: str = "1.1") -> bytes:
-    length = [] if "Transfer-Encoding: chunked" in headers else [f"Content-Length: {len(body)}"]
-    close = [] if "Connection: keep-alive" in headers else ["Connection: close"]
-    lines = [f"POST {path} HTTP/{version}", "Host: localhost", *headers, *length, *close, "", ""]
-    return "\r\n".join(lines).encode() + body
-
-
-@contextlib.asynccontextmanager
-async def connected(jano_: Running, sent: bytes) -> AsyncIterator[Streams]:
-    """A client that sends this, and at the end of the block is gone."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", jano_.port)
-    with contextlib.closing(writer):
-        writer.write(sent)
-        yield reader, writer
-
-
-async def exchange(jano_: Running, sent: bytes, patience: float = PATIENCE) -> bytes:
-    async with connected(jano_, sent) as (reader, _):
-        return await asyncio.wait_for(reader.read(-1), patience)
-
-
-def parsed(message: bytes) -> tuple[str, list[tuple[str, str]], bytes]:
-    head, _, body = message.partition(b"\r\n\r\n")
-    first, *lines = head.decode().split("\r\n")
-    pairs = [line.split(": ", 1) for line in lines]
-    return first, [(name.lower(), value) for name, value in pairs], body
-
-
-def answered(message: bytes) -> http.client.HTTPResponse:
-    """As another implementation than aiohttp reads it."""
-    stream: Any = SimpleNamespace(makefile=lambda *_: io.BytesIO(message))
-    answer = http.client.HTTPResponse(stream, method="POST")
-    answer.begin()
-    return answer
-
-
-def refused(message: bytes) -> int:
-    """The status of an error in OpenAI's shape."""
-    answer = answered(message)
-    assert json.loads(answer.read())["error"].keys() == {"message", "type", "param", "code"}
-    return answer.status
-
-
-async def all_over(jano_: Running, files: int = 999) -> int:
-    """Wait until nothing runs or waits, and no more files are open than so many; how many are."""
-    status, folder = await jano_.status(), Path(f"/proc/{jano_.process.pid}/fd")  # Linux only
-    while status["inFlight"] or status["queueDepth"] or len([*folder.glob("*")]) > files:
-        status = await jano_.status()
-    return len([*folder.glob("*")])
-
-
-# --------------------------------------------------------------- forwarding and streaming ----
-
-NOT_PASSED_ON = {"host", "content-length", "connection", "expect", "keep-alive", "te", "trailer",
-                 "transfer-encoding", "upgrade", "proxy-connection", "proxy-authorization", "x-hop"}
-CHUNKED, GZIP = "Transfer-Encoding: chunked", "Content-Encoding: gzip"
-BODY = b'{ "model" :"chat", "prompt": "\xff\xc3\xa9\\u00e9" ,\r\n"n":1e2,"n":2}'
-
-
-def chunks(data: bytes) -> bytes:
-    return b"1\r\n%c\r\n%x\r\n%b\r\n0\r\nX-T: 1\r\n\r\n" % (data[0], len(data) - 1, data[1:])
-
-
-async def test_backend_sees_what_the_client_sent(raw: Raw) -> None:
-    headers = [
-        "Content-Type: application/json; charset=utf-8", "Accept-Encoding: gzip, br", "Accept: */*",
-        "X-Many: 1", "X-Other: a,  b", "X-Many: 2", "x-many: 3", "Cookie: a=1", "Cookie: b=2",
-        "Authorization: Bearer k", "traceparent: 00-1-2-01", "Helicone-User: é", "X-Empty: ",
-        "X-Forwarded-For: 10.0.0.1", "Connection: X-A, keep-alive", "Connection: X-Hop", "X-Hop: 1",
-        "Keep-Alive: timeout=5", "TE: trailers", "Trailer: X-T", "Upgrade: h2c", "Via: 1.1 x",
-        "Expect: 100-continue", "Proxy-Connection: close", "Proxy-Authorization: Basic eA=="]
-    for extra, body in [
-        (headers, BODY), ([], BODY), (["Expect: x"], BODY), ([CHUNKED], chunks(BODY)),
-        ([GZIP], gzip.compress(BODY)), ([GZIP, CHUNKED], chunks(gzip.compress(BODY))),
-        ([], b'{"model":"chat","image":"' + b"A" * 80 * 10**6 + b'"}'),
-    ]:
-        sent = post_bytes(body, *extra, path="/v1/chat/completions?a=%2F+%20&&b")
-        answer = await exchange(raw.jano, sent)
-        (line, gave, _), (line_seen, got, seen) = parsed(sent), parsed(raw.seen.pop())
-        difference = Counter(gave) - Counter(got) + (Counter(got) - Counter(gave))
-        documented = NOT_PASSED_ON | ({"content-encoding"} if GZIP in extra else set())
-        undocumented = [pair for pair in difference if pair[0] not in documented]
-        print("difference beyond the documented one:", undocumented)
-        assert undocumented == []
-        assert {name for name, _ in got} & documented - {"connection"} == {"host", "content-length"}
-        assert line_seen == line
-        assert seen == (BODY if {GZIP, CHUNKED} & {*extra} else body)
-        assert [pair for pair in got if pair in gave] == [pair for pair in gave if pair in got]
-        assert ("host", f"127.0.0.1:{raw.port}") in got
-        assert answer.startswith(b"HTTP/1.1 100 Continue\r\n\r\n") == (extra is headers)
-
-
-NO_BODY, EVENTS = b"Content-Length: 0\r\n\r\n", b"Content-Type: text/event-stream\r\n\r\n"
-REPLIES = [
-    OK + b"content-type: application/json\r\nserver: uvicorn\r\nDate: now\r\n"
-    b"content-encoding: gzip\r\nContent-Length: 25\r\n\r\n" + gzip.compress(b"words"),
-    b"HTTP/1.1 201 Made\r\nSet-Cookie: a=1; Path=/\r\nSet-Cookie: b=2\r\nSet-Cookie: b=2\r\n"
-    b"X-Request-ID: own\r\nServer-Timing: gpu;dur=5\r\nContent-Length: 9999\r\n\r\n" + bytes(9999),
-    b"HTTP/1.1 302 Found\r\nLocation: /elsewhere\r\nContent-Length: 5\r\n\r\nmoved",
-    b"HTTP/1.1 404 No, sorry!\r\nContent-Type: text/html\r\nX-Control: \x01\r\n" + NO_BODY,
-    b"HTTP/1.1 503 \r\nConnection: close\r\nConnection: X-Hop\r\nX-Hop: 1\r\n" + NO_BODY,
-    b"HTTP/1.1 204 No Content\r\nX-A: 1\r\n\r\n", b'HTTP/1.1 304 Same\r\nETag: "x"\r\n\r\n',
-    OK + b"Transfer-Encoding: chunked\r\n" + EVENTS + b"3\r\nabc\r\n1\r\nd\r\n0\r\n\r\n",
-    OLD + EVENTS + b"data: as mlx_lm.server does, without a length\n\n"]
-# Date: RFC 9110, 6.6.1 wants it from whoever passes on an answer that has none.
-ADDED = {"server-timing", "x-request-id", "x-accel-buffering", "date", "x-control", *NOT_PASSED_ON}
-
-
-@pytest.mark.parametrize("raw", [{}, {"AIOHTTP_NO_EXTENSIONS": "1"}], indirect=True)
-async def test_client_gets_what_the_backend_answered(raw: Raw) -> None:
-    for reply, version in [(reply, version) for reply in REPLIES for version in ("1.1", "1.0")]:
-        raw.reply = reply
-        message = await exchange(raw.jano, post_bytes(version=version))
-        got, wanted = answered(message), answered(reply)
-        had, gave = (Counter((name.lower(), value) for name, value in answer.getheaders())
-                     for answer in (got, wanted))
-        assert (got.status, got.reason, got.read()) == (wanted.status, wanted.reason, wanted.read())
-        assert got.version == int(version.replace(".", ""))
-        assert {name for name, _ in had - gave} <= ADDED
-        assert {n for n, _ in gave - had} <= NOT_PASSED_ON - {"content-length"} | {"x-control"}
-        last_id = (await raw.jano.logged("enqueued", len(raw.seen)))["id"]
-        assert got.headers.get_all("x-request-id") == [wanted.headers["x-request-id"] or last_id]
-        timing = got.headers.get_all("Server-Timing", [""])[-1]
-        assert re.fullmatch(r"queue;dur=\d+, swap;dur=\d+", timing)
-        assert got.headers["X-Accel-Buffering"] == ("no" if EVENTS in reply else None)
-
-
-async def test_each_chunk_leaves_jano_before_the_backend_sends_the_next(raw: Raw) -> None:
-    for head in (IN_CHUNKS, SIZED, OLD + b"\r\n"):
-        raw.reply, frame = head + HELD, b"3\r\n%b\r\n" if head is IN_CHUNKS else b"%b"
-        async with connected(raw.jano, post_bytes(version=head[5:8].decode())) as (reader, _):
-            backend = await event(raw.talks.get())
-            answer = await event(reader.readuntil(b"\r\n\r\n"))  # it waits for no chunk, either
-            for chunk in (b"<1>", b"<2>", b"<3>"):
-                backend.write(frame % chunk)
-                answer += await event(reader.readuntil(chunk))
-            raw.say(backend, b"0\r\n\r\n" if head is IN_CHUNKS else b"")
-            answer += await event(reader.read(-1))
-        assert answered(answer).read() == b"<1><2><3>"
-
-
-@pytest.mark.skipif(not Path("/proc").exists(), reason="reads /proc")
-@pytest.mark.parametrize("raw", [{"REQUEST_TIMEOUT_MS": 1000}], indirect=True)
-async def test_client_that_does_not_read_holds_the_backend_back_and_is_cut_off(raw: Raw) -> None:
-    status = Path(f"/proc/{raw.jano.process.pid}/status")
-    ok, raw.reply = raw.reply, OLD + b"\r\n" + HELD
-    before = int(status.read_text().split("VmRSS:")[1].split()[0])
-    async with connected(raw.jano, post_bytes()):
-        backend = await event(raw.talks.get())
-        with pytest.raises((asyncio.TimeoutError, ConnectionError)):  # held back at last
-            for _ in range(320):  # 80 MB
-                backend.write(bytes(2**18))
-                await asyncio.wait_for(backend.drain(), 0.5)
-        assert int(status.read_text().split("VmRSS:")[1].split()[0]) < before + 20_000  # kB
-        raw.reply = ok
-        assert await event(raw.jano.ask("chat")) == (200, {})
-        await raw.jano.logged("served", id="1", status=499, aborted=True)
-
-
-# -------------------------------------------------------------------------- model finding ----
-
-FORM, SPEECH = "Content-Type: multipart/form-data; boundary=B", "/v1/audio/transcriptions"
-
-
-def form_bytes(*parts: tuple[bytes, bytes], end: bytes = b"--") -> bytes:
-    return b"".join(b'--B\r\nContent-Disposition: form-data; name="%b"\r\n\r\n%b\r\n' % part
-                    for part in parts) + b"--B" + end + b"\r\n"
-
-
-A, CHAT, TEN_MB = (b"model", b"Asr"), (b"model", b"chat"), b"x" * 10**7
-NEST = b"--B%b\r\nContent-Type: multipart/mixed; boundary=B%d\r\n\r\n"
-FOUND = [  # prefix of the model's url, path, headers, body
-    ("", SPEECH, [FORM], form_bytes((b"a", b"b"), CHAT)), ("/u/p", "/x?model=up", [], b'{ "n":1 }'),
-    ("/u/p", SPEECH, [FORM], form_bytes((b"model", b"up"), (b"f", TEN_MB))),
-    ("/u/p", "//v1/../a/./%2fb%C3%A9", ["X-Model: up"], b"\xff"),
-    ("/u/p", "/x", [], b'{"n":1.5,"model":"UP","deep":[{"model":"up"}],"big":%d}' % 2**70),
-    ("/u/p", "/x", [], b'{"a":"\\\\","b":["}",{"model":1}],"model" : "UP","c":"\\"%b"}\n' % TEN_MB),
-    ("/asr", "/v1/x/v1/", [], b'{ "model":"ASR"}'), ("/asr", "/x", ["X-Model: asr"], b""),
-    ("/asr", "/infill", [], '{"model":"üNÏ/8B"}'.encode()), ("/asr", "/rerank", [], b"{}"),
-    ("/asr", "/v1/a?model=chat&b?c=/d:@!$'()*,", ["X-Model: chat"], b'{"model":"asr"}'),
-    ("/asr", "/v1/a?q=%20+%zz&&=;y&model=%C3%BCn%c3%af%2F8b", ["X-Model: chat"], b"\0\xff"),
-    ("/asr", '/|"<>^?x&model=asr', ["X-Model: chat"], b'{"model":null}'),
-    ("/asr", "/x", ["X-Model: Asr", "Content-Type: audio/wav"], b"RIFF\0\xff"),
-    ("/asr", "/x", ["X-Model: asr", FORM], b"no form"),
-    ("/asr", SPEECH, [FORM], form_bytes((b"file", b"\0\xff"))),
-    ("/asr", "/x", ['Content-Type: multipart/form-data; boundary="B"'],  # as .NET writes it
-     b"--B\r\nX: y\r\ncontent-disposition: form-data; name=model\r\n\r\nasr\r\n--B--\r\n"),
-    ("/asr", SPEECH, [FORM], form_bytes((b"file", form_bytes(CHAT)[1:-6]), A))]
-REFUSED = [("/x", [], b"{}"), ("/x", [], b"\0"), ("/rerank", [], b"[]"), ("/rerank/x", [], b"{}"),
-           ("/x?model=no", [], b"{}"), ("/x?model=asr", ["X-Model: asr"], b'{"model":"no"}')]
-REFUSED += [("/x", [], b'{"model":"chat","x":%b' % end + b"[" * 2**20) for end in (
-    b"", b'"', b'"\\"', b"0}", b"]]", b'"\\\\"}')]
-REFUSED += [("/x", [FORM + more], body) for more, body in [
-    ("", b""), ("", form_bytes(A)[:20]), ("", form_bytes(A, end=b"")), ("C", form_bytes(A)),
-    ("B" * 70, form_bytes(A)), ("", form_bytes(A, A)), ("", form_bytes((b"model", b"\xff"))),
-    ("", form_bytes((b"model", TEN_MB))), ("", form_bytes(A, *[(b"a", b"b")] * 10_000)),
-    ("", b"--B\r\nX: " + TEN_MB + b"\r\n\r\n\r\n--B--\r\n"),
-    ("", NEST % (b"", 0) + b"--B0\r\n\r\nx\r\n--B0--\r\n\r\n" + form_bytes(A)),
-    ("0", b"".join(NEST % (b"%d" % i, i + 1) for i in range(3000)))]]
-TOO_LONG = [("/x", [], b" " * 2**25), ("/x", [CHUNKED], chunks(b" " * 2**24)),
-            ("/x", [GZIP], gzip.compress(b" " * 2**27))]  # what it becomes counts
-
-
-async def test_model_is_found_in_body_then_query_then_header_then_endpoint(raw: Raw) -> None:
-    form: Any = aiohttp.FormData({"model": "ASR", "file": io.BytesIO(b"RIFF")})()
-    kind, encoded = f"Content-Type: {form.headers['Content-Type']}", await form.as_bytes()
-    for prefix, path, headers, body in [*FOUND, ("/asr", "/x", [kind], encoded)]:
-        await exchange(raw.jano, post_bytes(body, *headers, path=path))
-        line, _, seen = parsed(raw.seen.pop())
-        assert line == f"POST {prefix}{path} HTTP/1.1"
-        assert seen == body or (  # upstream_model rewrites JSON, and nothing else
-            b'"UP"' in body and json.loads(seen) == {**json.loads(body), "model": "org/Ä-7B"})
-
-
-@pytest.mark.parametrize("raw", [{"MAX_BODY_MB": 10}], indirect=True)
-@pytest.mark.parametrize(("status", "requests"), [(400, REFUSED), (413, TOO_LONG)])
-async def test_bad_request_is_refused_and_no_more(raw: Raw, status: int, requests: Any) -> None:
-    for path, headers, body in requests:
-        message = await exchange(raw.jano, post_bytes(body, *headers, path=path))
-        assert (refused(message), raw.seen) == (status, []), (path, headers, body[:99])
-
-
-async def test_large_body_holds_nobody_up_however_odd_it_is(raw: Raw) -> None:
-    for body in b"[]," * 2**18, b'{"":"\\"' * 2**17:
-        asking = asyncio.create_task(exchange(
-            raw.jano, post_bytes(b'{"model":"chat","x":"%b","y":[%b' % (b"x" * 2**20, body))))
-        longest, begin = 0.0, time.monotonic()
-        while not asking.done():
-            before = time.monotonic()
-            assert (await raw.jano.status())["inFlight"] == 0
-            longest = max(longest, time.monotonic() - before)
-        assert refused(await asking) == 400
-        assert longest < (time.monotonic() - begin) / 3
-
-
-# ------------------------------------------------- clients that leave and backends that fail ----
-
-
-async def test_client_that_leaves_the_queue_is_never_forwarded(raw: Raw) -> None:
-    raw.reply, ok = HELD, raw.reply
-    async with connected(raw.jano, post_bytes()) as (reader, _):
-        backend = await event(raw.talks.get())
-        async with connected(raw.jano, post_bytes()), connected(raw.jano, post_bytes()[:-9]):
-            await raw.jano.logged("enqueued", 2)
-            raw.reply = ok
-            assert await raw.jano.ask("asr") == (200, {})  # passthrough waits in no queue
-            status = await raw.jano.status()
-            assert (status["inFlight"], status["queueDepth"]) == (1, 1)  # no half upload counts
-        await raw.jano.logged("client disconnected", id="2", status=499)
-        raw.say(backend, ok)
-        await event(reader.read(-1))
-    assert (await raw.jano.ask("chat"), len(raw.seen)) == ((200, {}), 3)
-
-
-async def test_client_that_leaves_during_its_swap_is_never_forwarded(raw: Raw) -> None:
-    await raw.jano.logged("worker started", loaded="chat")
-    raw.server.close()
-    async with connected(raw.jano, post_bytes()):
-        await raw.jano.logged("swap requested", model="chat")
-    await raw.jano.logged("served", status=499, aborted=True)  # for its turn, which was refused
-    await raw.listen()
-    await raw.jano.logged("swap ready", model="chat")  # the swap is not the client's
-    assert (await raw.jano.ask("chat"), len(raw.seen)) == ((200, {}), 1)
-
-
-async def test_client_that_leaves_its_turn_ends_the_backends_work(raw: Raw) -> None:
-    files = await all_over(raw.jano)
-    for number, raw.reply in enumerate([HELD, OK + b"\r\nbegun" + HELD], 1):
-        async with connected(raw.jano, post_bytes()) as (reader, _):
-            backend = await event(raw.talks.get())
-            await event(reader.readuntil(b"begun") if number == 2 else raw.jano.status())
-        with contextlib.suppress(ConnectionResetError):
-            await event(backend.wait_closed())
-        await raw.jano.logged("served", number, status=499, aborted=True)
-    await event(all_over(raw.jano, files))
-
-
-async def test_requests_sent_in_one_go_are_answered_in_order(raw: Raw) -> None:
-    first = post_bytes(b'{"model":"asr"}', "Connection: keep-alive")
-    answers = await exchange(raw.jano, first + post_bytes())
-    assert [parsed(seen)[2] for seen in raw.seen] == [b'{"model":"asr"}', b'{"model":"chat"}']
-    assert re.findall(rb"x-request-id: (\d)", answers) == [b"1", b"2"]
-
-
-async def test_300_clients_that_vanish_at_any_point_leave_nothing_behind(raw: Raw) -> None:
-    async def vanish() -> None:
-        body = b'{"model":"%b"}' % dice.choice([b"chat", b"asr", b"no"])
-        sent = post_bytes(body, "Connection: keep-alive") * dice.randint(1, 2)
-        cut = dice.choice([None, None, dice.randrange(len(sent))])
-        async with connected(raw.jano, sent[:cut]) as (reader, _):
-            if not cut and dice.random() < 0.5:  # else it leaves while it waits
-                await event(reader.read(dice.choice([1, 1000, 10**5])))
-
-    raw.reply, dice = OLD + b"\r\n" + bytes(3 * 10**5), random.Random(300)
-    files = await all_over(raw.jano)
-    await asyncio.gather(*(vanish() for _ in range(300)))
-    await event(all_over(raw.jano, files))
-    assert len(await exchange(raw.jano, post_bytes())) > 3 * 10**5
-
-
-async def test_300_clients_that_leave_at_the_same_point_leave_nothing_behind(raw: Raw) -> None:
-    process, ok = Path(f"/proc/{raw.jano.process.pid}"), raw.reply
-    files, threads = await all_over(raw.jano), len([*process.glob("task/*")])
-    chat, asr = (post_bytes(b'{"model":"%b"}' % name, "Connection: keep-alive")
-                 for name in (b"chat", b"asr"))
-    stages = [  # what they have sent, what it is answered with, how many are in flight and wait
-        (asr[:-9], ok, 0, 0), (asr[:20], ok, 0, 0), (b"", ok, 0, 0), (chat, HELD, 1, 299),
-        (chat * 2, HELD, 1, 299), (asr, HELD, 300, 0), (asr * 2, HELD, 300, 0),
-        (asr, OK + b"\r\nbegun" + HELD, 300, 0),
-        (chat, RESET, 0, 300)]  # during the swap that follows the refused connection
-    for sent, raw.reply, *wanted in stages:
-        if raw.reply is RESET:
-            raw.server.close()
-        async with contextlib.AsyncExitStack() as clients:
-            for _ in range(300):
-                reader, _ = await clients.enter_async_context(connected(raw.jano, sent))
-                if b"begun" in raw.reply:
-                    await event(reader.readuntil(b"begun"))
-            for _ in range(300):
-                status = await raw.jano.status()
-                found = [status["inFlight"], status["queueDepth"]]
-                if found == wanted and len([*process.glob("fd/*")]) >= files + 300:
-                    break
-            assert found == wanted, sent
-        if raw.reply is RESET:  # the swap goes on
-            await raw.listen()
-        await event(all_over(raw.jano, files))
-    raw.reply = ok
-    assert await event(raw.jano.ask("chat")) == (200, {})
-    await event(until(lambda: len([*process.glob("task/*")]) == threads))
-
-
-@pytest.fixture
-def many_files() -> Iterator[Callable[[], None]]:
-    """Call it to open many files. What was started before has a Mac's limit, 256."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
-    yield lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-@pytest.mark.skipif(not Path("/proc").exists(), reason="reads /proc")
-@pytest.mark.parametrize(("size", "count", "at_once", "waiting", "most"), [  # most: in MB
-    (5000, 2003, 100, 2000, 80),
-    pytest.param(4 * 10**7, 30, 1, 25, 1500, marks=pytest.mark.soak)])
-async def test_2000_waiting_requests_take_little_memory_and_huge_ones_no_more_than_a_bound(
-        tmp_path: Path, chat: Backend, many_files: Callable[[], None],
-        size: int, count: int, at_once: int, waiting: int, most: int) -> None:
-    def peak() -> int:
-        status = Path(f"/proc/{jano_.process.pid}/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) // 1024
-
-    chat.answer = chat.held
-    async with running_jano(tmp_path, [entry(chat)], MAX_QUEUE=2000) as jano_:
-        many_files()
-        files, before, asks = await all_over(jano_), peak(), []
-        sent = post_bytes(b'{"model":"chat","x":"%b"}' % (b"x" * size))
-        found, over = await jano_.status(), 0
-        for number in range(1, count + 1):
-            asks.append(asyncio.create_task(exchange(jano_, sent, 6 * PATIENCE)))
-            while (number % at_once == 0 or number == count) and number > (
-                    found["inFlight"] + found["queueDepth"] + over):
-                found = await jano_.status()
-                over = sum(ask.done() for ask in asks)
-        assert (found["inFlight"], found["queueDepth"]) == (1, waiting)
-        assert {refused(await ask) for ask in asks if ask.done()} == {503}
-        assert peak() < before + most
-        for ask in asks:
-            ask.cancel()
-        await event(all_over(jano_, files))
-        chat.answer = chat.plain
-        assert (await jano_.ask("chat"))[0] == 200
-
-
-@pytest.mark.parametrize("status", [200, 502])
-async def test_backend_that_refuses_is_swapped_in_and_asked_again(raw: Raw, status: int) -> None:
-    await raw.jano.logged("worker started", loaded="chat")
-    raw.ready_once = status == 502
-    raw.server.close()
-    asking = asyncio.create_task(exchange(raw.jano, post_bytes()))
-    await raw.jano.logged("swap requested", model="chat")
-    await raw.listen()
-    assert answered(await asking).status == status
-    assert len(raw.seen) == (status == 200)
-    assert (await raw.jano.status())["swapsTotal"] == 1  # and it is asked no third time
-
-
-async def test_backend_may_close_its_connection_after_any_answer(raw: Raw) -> None:
-    raw.reply += HELD  # and at the next byte the connection is closed
-    assert [await raw.jano.ask("chat") for _ in range(2)] == [(200, {})] * 2
-
-
-AT_FIRST = [(b"", reply) for reply in (  # what is in s3cret, nobody shall quote
-    b"", RESET, HELD, OK + b"X-A: s3", OK + b"X-A: s3" + RESET, OK + b"X-A: s3" + HELD,
-    b"SSH-2.0-s3\r\n", b"s3" * 9999, b"HTTP/1.1 s3\r\n\r\n", OK + b"s3\r\n\r\n",
-    OK + b"X: " + b"s3" * 9999 + b"\r\n\r\n", OK + b"Content-Length: 1\r\n" * 2 + b"\r\ns3",
-    b"HTTP/1.1 101 s3\r\nConnection: upgrade\r\nUpgrade: s3\r\n\r\n")]
-AMID = [(SIZED, b""), (SIZED, b"half"), (SIZED, RESET), (IN_CHUNKS, b"4\r\nhalf\r\n"),
-        (IN_CHUNKS, b"9\r\nhalf"), (IN_CHUNKS, RESET), (IN_CHUNKS, b"4\r\nhalf\r\n" + HELD)]
-
-
-@pytest.mark.parametrize("raw", [{"REQUEST_TIMEOUT_MS": 500}], indirect=True)
-@pytest.mark.parametrize("faults", [AT_FIRST, AMID])
-async def test_death_is_502_silence_504_and_a_begun_answer_breaks(raw: Raw, faults: Any) -> None:
-    for (head, rest), version in [(fault, v) for fault in faults for v in ("1.1", "1.0")]:
-        raw.reply, answer = head + HELD, b""
-        async with connected(raw.jano, post_bytes(version=version)) as (reader, _):
-            backend = await event(raw.talks.get())
-            await event(reader.readuntil(b"\r\n\r\n") if head else raw.jano.status())
-            raw.say(backend, rest)
-            with pytest.raises(ConnectionResetError) if head else contextlib.nullcontext():
-                while piece := await event(reader.read(99)):
-                    answer += piece
-        assert refused(answer) >= 502 if not head else b"0\r\n\r\n" not in answer
-        served = await raw.jano.logged("served", len(raw.seen))
-        assert served["status"] == (504 if rest.endswith(HELD) else 502)
-    assert "s3" not in json.dumps([raw.jano.lines, await raw.jano.status()])
-
-
-async def post(jano_: Running, model: str, **fields: Any) -> aiohttp.ClientResponse:
-    """One chat completion; its answer has been read to the end."""
-    body = {"model": model, "messages": [], **fields}
-    async with jano_.session.post(f"{jano_.url}/v1/chat/completions", json=body) as answer:
-        await answer.read()
-    return answer
-
-
-async def queued(jano_: Running, *models: str, **fields: Any) -> list[asyncio.Task[Any]]:
-    """Requests for these models, arrived one after the other."""
-    asks = []
-    for model in models:
-        so_far = sum(line["msg"] == "enqueued" for line in jano_.lines)
-        asks.append(asyncio.create_task(post(jano_, model, **fields)))
-        await jano_.logged("enqueued", so_far + 1)
-    return asks
-
-
-async def statuses(asks: list[asyncio.Task[Any]]) -> list[int]:
-    return [answer.status for answer in await event(asyncio.gather(*asks))]
-
-
-async def until(true: Callable[[], bool]) -> None:
-    """What another process does without telling us; within `event`."""
-    while not true():
-        await asyncio.sleep(0.02)
-
-
-def gated_script(folder: Path, model: str = "code", then: str = "") -> Path:
-    """For this model the script runs until there is a file `go` (20 seconds at most)."""
-    wait = f'for _ in $(seq 400); do [ -e "{folder}/go" ] && break; sleep 0.05; done'
-    return swap_script(folder, f'if [ "$1" = {model} ]; then {wait}; {then}\nfi')
-
-
-def called(folder: Path) -> list[str]:
-    """The calls of the script, `status` left out, with what its environment said."""
-    return [line.replace(" group=default", "") for line in
-            (folder / "calls").read_text().splitlines() if not line.startswith("status ")]
-
-
-# ---------------------------------------------------------------------- worker and policy ----
+    swap = swap_script(tmp_path, 'if [ "$1" = status ]; then echo "chat: loaded"; fi')
+    async with running_jano(tmp_path, [entry(chat), entry(code)], swap) as jano_:
+        chat.answer = chat.held
+        asks = []
+        for number, model in enumerate(["chat", "code", "chat", "chat", "code", "code"], 1):
+            asks.append(asyncio.create_task(jano_.ask(model)))
+            await jano_.logged("enqueued", id=str(number))
+        chat.release.set()
+        await asyncio.gather(*asks)
+        assert calls(tmp_path) == ["code"]
+        await jano_.logged("served", 6)
+        served = [line["id"] for line in jano_.lines if line["msg"] == "served"]
+        assert served == ["1", "3", "4", "2", "5", "6"]
+        assert (await jano_.status())["swapsAvoided"] == 2
 
 
 async def test_slots_bound_what_is_in_flight_max_queue_what_waits_and_tiers_order_it(
@@ -1239,7 +786,45 @@ async def test_drain_called_off_costs_nothing(tmp_path: Path, chat: Backend, cod
         assert calls(tmp_path) == ["code", "chat", "code"]  # chat came before the second code
 
 
-# ---------------------------------------------------------------------- the swap contract ----
+async def test_start_finds_what_is_loaded(tmp_path: Path, chat: Backend, code: Backend) -> None:
+    """By `status`, whole names; else by health, in file order, if no two share an address."""
+    code.ready = False
+    groups = {"names": [entry(code, name="chat"), entry(chat, name="chat-large")],
+              "fails": [entry(code, name="down"), entry(chat, name="up"), entry(code, name="b")],
+              "twins": [entry(chat, name="one"), entry(chat, name="two")]}
+    script = swap_script(tmp_path, """[ "$1" = status ] && sleep 0.3 && case $JANO_GROUP in
+        names) echo "chat-large: loaded";; fails) exit 1;; esac; true""")
+    models = [{**model, "group": group} for group, of in groups.items() for model in of]
+    async with running_jano(tmp_path, models, script) as jano_:
+        asks = await queued(jano_, "chat-large", "up", "two")  # while `status` still runs
+        assert await statuses(asks) == [200, 200, 200]
+    assert called(tmp_path) == ["two previous= group=twins"]
+    assert (tmp_path / "calls").read_text().count("status ") == len(groups)
+
+
+async def test_idle_model_is_unloaded_once(tmp_path: Path, chat: Backend, code: Backend) -> None:
+    async with running_jano(tmp_path, [entry(chat), entry(code)], IDLE_UNLOAD_MS=100) as jano_:
+        await event(until(lambda: calls(tmp_path) == ["unload"]))  # idle since the start
+        await asyncio.sleep(0.2)  # nothing may happen, so there is nothing to wait for
+        assert (await jano_.ask("code"))[0] == 200
+        await event(until(lambda: len(calls(tmp_path)) == 3))
+    assert called(tmp_path) == ["unload previous=chat", "code previous=", "unload previous=code"]
+
+
+@pytest.mark.parametrize(("body", "code_"), [("exit 3", 3), ("sleep 60", -15)])
+async def test_unload_that_fails_or_hangs_costs_no_request(
+    tmp_path: Path, chat: Backend, body: str, code_: int
+) -> None:
+    script = swap_script(tmp_path, f"[ $1 != unload ] || {body}")
+    settings = {"IDLE_UNLOAD_MS": 300, "SWAP_WAIT_TIMEOUT_MS": 1000}  # at most 30 s for unload
+    async with running_jano(tmp_path, [entry(chat)], script, **settings) as jano_:
+        await event(until(lambda: calls(tmp_path) == ["unload"]))
+        assert (await event(jano_.ask("chat")))[0] == 200
+        await jano_.logged("unload failed", code=code_)
+        assert calls(tmp_path)[:2] == ["unload", "chat"]
+
+
+# ------------------------------------------------------------------------------------ swap ----
 
 
 async def test_script_runs_without_a_shell(tmp_path: Path, chat: Backend, code: Backend) -> None:
@@ -1361,89 +946,90 @@ async def test_swap_that_nobody_awaits_is_not_started_or_goes_on_unless_others_w
         assert called(tmp_path) == ["code previous=chat", "chat previous=", "code previous=chat"]
 
 
-# -------------------------------------- starting, reloading, idling, waiting, stopping, logs ----
+# --------------------------------------------------------------------------------- forward ----
+
+NOT_PASSED_ON = {"host", "content-length", "connection", "expect", "keep-alive", "te", "trailer",
+                 "transfer-encoding", "upgrade", "proxy-connection", "proxy-authorization", "x-hop"}
+CHUNKED, GZIP = "Transfer-Encoding: chunked", "Content-Encoding: gzip"
+BODY = b'{ "model" :"chat", "prompt": "\xff\xc3\xa9\\u00e9" ,\r\n"n":1e2,"n":2}'
 
 
-async def test_start_finds_what_is_loaded(tmp_path: Path, chat: Backend, code: Backend) -> None:
-    """By `status`, whole names; else by health, in file order, if no two share an address."""
-    code.ready = False
-    groups = {"names": [entry(code, name="chat"), entry(chat, name="chat-large")],
-              "fails": [entry(code, name="down"), entry(chat, name="up"), entry(code, name="b")],
-              "twins": [entry(chat, name="one"), entry(chat, name="two")]}
-    script = swap_script(tmp_path, """[ "$1" = status ] && sleep 0.3 && case $JANO_GROUP in
-        names) echo "chat-large: loaded";; fails) exit 1;; esac; true""")
-    models = [{**model, "group": group} for group, of in groups.items() for model in of]
-    async with running_jano(tmp_path, models, script) as jano_:
-        asks = await queued(jano_, "chat-large", "up", "two")  # while `status` still runs
-        assert await statuses(asks) == [200, 200, 200]
-    assert called(tmp_path) == ["two previous= group=twins"]
-    assert (tmp_path / "calls").read_text().count("status ") == len(groups)
+async def test_backend_sees_what_the_client_sent(raw: Raw) -> None:
+    headers = [
+        "Content-Type: application/json; charset=utf-8", "Accept-Encoding: gzip, br", "Accept: */*",
+        "X-Many: 1", "X-Other: a,  b", "X-Many: 2", "x-many: 3", "Cookie: a=1", "Cookie: b=2",
+        "Authorization: Bearer k", "traceparent: 00-1-2-01", "Helicone-User: é", "X-Empty: ",
+        "X-Forwarded-For: 10.0.0.1", "Connection: X-A, keep-alive", "Connection: X-Hop", "X-Hop: 1",
+        "Keep-Alive: timeout=5", "TE: trailers", "Trailer: X-T", "Upgrade: h2c", "Via: 1.1 x",
+        "Expect: 100-continue", "Proxy-Connection: close", "Proxy-Authorization: Basic eA=="]
+    for extra, body in [
+        (headers, BODY), ([], BODY), (["Expect: x"], BODY), ([CHUNKED], chunks(BODY)),
+        ([GZIP], gzip.compress(BODY)), ([GZIP, CHUNKED], chunks(gzip.compress(BODY))),
+        ([], b'{"model":"chat","image":"' + b"A" * 80 * 10**6 + b'"}'),
+    ]:
+        sent = post_bytes(body, *extra, path="/v1/chat/completions?a=%2F+%20&&b")
+        answer = await exchange(raw.jano, sent)
+        (line, gave, _), (line_seen, got, seen) = parsed(sent), parsed(raw.seen.pop())
+        difference = Counter(gave) - Counter(got) + (Counter(got) - Counter(gave))
+        documented = NOT_PASSED_ON | ({"content-encoding"} if GZIP in extra else set())
+        undocumented = [pair for pair in difference if pair[0] not in documented]
+        print("difference beyond the documented one:", undocumented)
+        assert undocumented == []
+        assert {name for name, _ in got} & documented - {"connection"} == {"host", "content-length"}
+        assert line_seen == line
+        assert seen == (BODY if {GZIP, CHUNKED} & {*extra} else body)
+        assert [pair for pair in got if pair in gave] == [pair for pair in gave if pair in got]
+        assert ("host", f"127.0.0.1:{raw.port}") in got
+        assert answer.startswith(b"HTTP/1.1 100 Continue\r\n\r\n") == (extra is headers)
 
 
-async def test_sighup_loses_no_ticket(tmp_path: Path, chat: Backend, code: Backend) -> None:
-    chat.answer = chat.held
-    async with running_jano(tmp_path, [entry(chat), entry(code)]) as jano_:
-        asks = await queued(jano_, "chat", "code", "chat")
-        models = json.dumps({"models": [entry(chat), entry(code, name="new")]})
-        for text, outcome in (models, "models reloaded"), ("{", "models not reloaded"):
-            (tmp_path / "models.json").write_text(text)
-            jano_.process.send_signal(signal.SIGHUP)
-            await jano_.logged(outcome)
-            assert (await jano_.ask("code"))[0] == 400
-            asks += await queued(jano_, "new")
-        chat.release.set()
-        assert await statuses(asks) == [200] * 5
-        assert calls(tmp_path) == ["code", "new"]  # chat was not loaded anew
+NO_BODY, EVENTS = b"Content-Length: 0\r\n\r\n", b"Content-Type: text/event-stream\r\n\r\n"
+REPLIES = [
+    OK + b"content-type: application/json\r\nserver: uvicorn\r\nDate: now\r\n"
+    b"content-encoding: gzip\r\nContent-Length: 25\r\n\r\n" + gzip.compress(b"words"),
+    b"HTTP/1.1 201 Made\r\nSet-Cookie: a=1; Path=/\r\nSet-Cookie: b=2\r\nSet-Cookie: b=2\r\n"
+    b"X-Request-ID: own\r\nServer-Timing: gpu;dur=5\r\nContent-Length: 9999\r\n\r\n" + bytes(9999),
+    b"HTTP/1.1 302 Found\r\nLocation: /elsewhere\r\nContent-Length: 5\r\n\r\nmoved",
+    b"HTTP/1.1 404 No, sorry!\r\nContent-Type: text/html\r\nX-Control: \x01\r\n" + NO_BODY,
+    b"HTTP/1.1 503 \r\nConnection: close\r\nConnection: X-Hop\r\nX-Hop: 1\r\n" + NO_BODY,
+    b"HTTP/1.1 204 No Content\r\nX-A: 1\r\n\r\n", b'HTTP/1.1 304 Same\r\nETag: "x"\r\n\r\n',
+    OK + b"Transfer-Encoding: chunked\r\n" + EVENTS + b"3\r\nabc\r\n1\r\nd\r\n0\r\n\r\n",
+    OLD + EVENTS + b"data: as mlx_lm.server does, without a length\n\n"]
+# Date: RFC 9110, 6.6.1 wants it from whoever passes on an answer that has none.
+ADDED = {"server-timing", "x-request-id", "x-accel-buffering", "date", "x-control", *NOT_PASSED_ON}
 
 
-async def test_sighup_counts_at_once_whatever_its_models_are_doing(
-    tmp_path: Path, chat: Backend, code: Backend
-) -> None:
-    moved = Backend("moved")
-    await moved.start()
-    ears, chat.answer = entry(chat, name="ears", group="gpu1"), chat.held
-    steps = [[{**ears, "slots": 2}, entry(code, name="new")],  # another follows soon
-             [{**ears, "url": moved.url, "passthrough": True}, entry(moved, group="gpu1")]]
-    models, script = [entry(chat), entry(code), ears], gated_script(tmp_path)
-    async with running_jano(tmp_path, models, script) as jano_:
-        asks = await queued(jano_, "code", "ears", "ears", "ears")
-        await event(until(lambda: calls(tmp_path) == ["code"]))  # from here on it is swapped in
-        await event(chat.arrived.get())
-        for number, step in enumerate(steps, 1):
-            (tmp_path / "models.json").write_text(json.dumps({"models": step}))
-            jano_.process.send_signal(signal.SIGHUP)
-            await jano_.logged("models reloaded", number)
-        await event(chat.arrived.get())  # in the second slot
-        assert await jano_.ask("ears") == (200, {"answered_by": "moved"})
-        assert [(await jano_.ask(gone))[0] for gone in ("code", "new")] == [400, 400]
-        asks += await queued(jano_, "moved")
-        chat.release.set()
-        (tmp_path / "go").touch()
-        assert await statuses(asks) == [200] * 5
-        assert called(tmp_path) == ["code previous=chat", "moved previous=ears group=gpu1"]
-    await moved.stop()
+@pytest.mark.parametrize("raw", [{}, {"AIOHTTP_NO_EXTENSIONS": "1"}], indirect=True)
+async def test_client_gets_what_the_backend_answered(raw: Raw) -> None:
+    for reply, version in [(reply, version) for reply in REPLIES for version in ("1.1", "1.0")]:
+        raw.reply = reply
+        message = await exchange(raw.jano, post_bytes(version=version))
+        got, wanted = answered(message), answered(reply)
+        had, gave = (Counter((name.lower(), value) for name, value in answer.getheaders())
+                     for answer in (got, wanted))
+        assert (got.status, got.reason, got.read()) == (wanted.status, wanted.reason, wanted.read())
+        assert got.version == int(version.replace(".", ""))
+        assert {name for name, _ in had - gave} <= ADDED
+        assert {n for n, _ in gave - had} <= NOT_PASSED_ON - {"content-length"} | {"x-control"}
+        last_id = (await raw.jano.logged("enqueued", len(raw.seen)))["id"]
+        assert got.headers.get_all("x-request-id") == [wanted.headers["x-request-id"] or last_id]
+        timing = got.headers.get_all("Server-Timing", [""])[-1]
+        assert re.fullmatch(r"queue;dur=\d+, swap;dur=\d+", timing)
+        assert got.headers["X-Accel-Buffering"] == ("no" if EVENTS in reply else None)
 
 
-async def test_idle_model_is_unloaded_once(tmp_path: Path, chat: Backend, code: Backend) -> None:
-    async with running_jano(tmp_path, [entry(chat), entry(code)], IDLE_UNLOAD_MS=100) as jano_:
-        await event(until(lambda: calls(tmp_path) == ["unload"]))  # idle since the start
-        await asyncio.sleep(0.2)  # nothing may happen, so there is nothing to wait for
-        assert (await jano_.ask("code"))[0] == 200
-        await event(until(lambda: len(calls(tmp_path)) == 3))
-    assert called(tmp_path) == ["unload previous=chat", "code previous=", "unload previous=code"]
-
-
-@pytest.mark.parametrize(("body", "code_"), [("exit 3", 3), ("sleep 60", -15)])
-async def test_unload_that_fails_or_hangs_costs_no_request(
-    tmp_path: Path, chat: Backend, body: str, code_: int
-) -> None:
-    script = swap_script(tmp_path, f"[ $1 != unload ] || {body}")
-    settings = {"IDLE_UNLOAD_MS": 300, "SWAP_WAIT_TIMEOUT_MS": 1000}  # at most 30 s for unload
-    async with running_jano(tmp_path, [entry(chat)], script, **settings) as jano_:
-        await event(until(lambda: calls(tmp_path) == ["unload"]))
-        assert (await event(jano_.ask("chat")))[0] == 200
-        await jano_.logged("unload failed", code=code_)
-        assert calls(tmp_path)[:2] == ["unload", "chat"]
+async def test_each_chunk_leaves_jano_before_the_backend_sends_the_next(raw: Raw) -> None:
+    for head in (IN_CHUNKS, SIZED, OLD + b"\r\n"):
+        raw.reply, frame = head + HELD, b"3\r\n%b\r\n" if head is IN_CHUNKS else b"%b"
+        async with connected(raw.jano, post_bytes(version=head[5:8].decode())) as (reader, _):
+            backend = await event(raw.talks.get())
+            answer = await event(reader.readuntil(b"\r\n\r\n"))  # it waits for no chunk, either
+            for chunk in (b"<1>", b"<2>", b"<3>"):
+                backend.write(frame % chunk)
+                answer += await event(reader.readuntil(chunk))
+            raw.say(backend, b"0\r\n\r\n" if head is IN_CHUNKS else b"")
+            answer += await event(reader.read(-1))
+        assert answered(answer).read() == b"<1><2><3>"
 
 
 async def test_streaming_client_that_waits_gets_comments_then_the_stream_or_one_error_frame(
@@ -1476,181 +1062,224 @@ async def test_streaming_client_that_waits_gets_comments_then_the_stream_or_one_
         assert "Server-Timing" in (await plain).headers  # not streaming: nothing came early
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_stop_finishes_what_runs_refuses_what_waits_and_leaves_a_script_alone(
-        tmp_path: Path, chat: Backend, code: Backend, number: signal.Signals) -> None:
-    models = [entry(chat), entry(code), entry(code, name="ears", group="gpu1")]
-    chat.answer, code.ready = chat.held, False
-    script = gated_script(tmp_path, "ears", then=f'touch "{tmp_path}/done"')
-    async with running_jano(tmp_path, models, script) as jano_:
-        running, *waiting = await queued(jano_, "chat", "chat", "code", "ears")
-        await event(chat.arrived.get())
-        await event(until(lambda: calls(tmp_path) == ["ears"]))
-        await jano_.status()  # leaves an idle connection, which must not delay the end
-        jano_.process.send_signal(number)
-        for answer in await event(asyncio.gather(*waiting)):
-            assert (answer.status, answer.headers["Retry-After"]) == (503, "5")
-        chat.release.set()
-        assert await statuses([running]) == [200]
-        assert await event(jano_.process.wait()) == 0
-    (tmp_path / "go").touch()
-    await event(until((tmp_path / "done").exists))
+@pytest.mark.skipif(not Path("/proc").exists(), reason="reads /proc")
+@pytest.mark.parametrize("raw", [{"REQUEST_TIMEOUT_MS": 1000}], indirect=True)
+async def test_client_that_does_not_read_holds_the_backend_back_and_is_cut_off(raw: Raw) -> None:
+    status = Path(f"/proc/{raw.jano.process.pid}/status")
+    ok, raw.reply = raw.reply, OLD + b"\r\n" + HELD
+    before = int(status.read_text().split("VmRSS:")[1].split()[0])
+    async with connected(raw.jano, post_bytes()):
+        backend = await event(raw.talks.get())
+        with pytest.raises((asyncio.TimeoutError, ConnectionError)):  # held back at last
+            for _ in range(320):  # 80 MB
+                backend.write(bytes(2**18))
+                await asyncio.wait_for(backend.drain(), 0.5)
+        assert int(status.read_text().split("VmRSS:")[1].split()[0]) < before + 20_000  # kB
+        raw.reply = ok
+        assert await event(raw.jano.ask("chat")) == (200, {})
+        await raw.jano.logged("served", id="1", status=499, aborted=True)
 
 
-@pytest.mark.parametrize(("second", "ends"), [(0, 0), (signal.SIGTERM, 1), (signal.SIGKILL, -9)])
-async def test_forced_end_breaks_answers_visibly_and_the_next_start_finds_the_model_loaded(
-        tmp_path: Path, chat: Backend, code: Backend, second: int, ends: int) -> None:
-    chat.answer, code.ready, models, ended = chat.held, False, [entry(code), entry(chat)], None
-    timeout_ms = 60_000 if second else 200
-    with contextlib.suppress(AssertionError):  # its exit code may not be 0
-        async with running_jano(tmp_path, models, SHUTDOWN_TIMEOUT_MS=timeout_ms) as jano_:
-            running, = await queued(jano_, "chat")
-            await event(chat.arrived.get())
-            jano_.process.send_signal(signal.SIGTERM)
-            await jano_.logged("received signal")
-            jano_.process.send_signal(second)
-            with pytest.raises(aiohttp.ClientError):
-                await event(running)
-            ended = await event(jano_.process.wait())
-    assert ended == ends
-    chat.release.set()
-    async with running_jano(tmp_path, models) as jano_:
+@pytest.fixture
+def many_files() -> Iterator[Callable[[], None]]:
+    """Call it to open many files. What was started before has a Mac's limit, 256."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    yield lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="reads /proc")
+@pytest.mark.parametrize(("size", "count", "at_once", "waiting", "most"), [  # most: in MB
+    (5000, 2003, 100, 2000, 80),
+    pytest.param(4 * 10**7, 30, 1, 25, 1500, marks=pytest.mark.soak)])
+async def test_2000_waiting_requests_take_little_memory_and_huge_ones_no_more_than_a_bound(
+        tmp_path: Path, chat: Backend, many_files: Callable[[], None],
+        size: int, count: int, at_once: int, waiting: int, most: int) -> None:
+    def peak() -> int:
+        status = Path(f"/proc/{jano_.process.pid}/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) // 1024
+
+    chat.answer = chat.held
+    async with running_jano(tmp_path, [entry(chat)], MAX_QUEUE=2000) as jano_:
+        many_files()
+        files, before, asks = await all_over(jano_), peak(), []
+        sent = post_bytes(b'{"model":"chat","x":"%b"}' % (b"x" * size))
+        found, over = await jano_.status(), 0
+        for number in range(1, count + 1):
+            asks.append(asyncio.create_task(exchange(jano_, sent, 6 * PATIENCE)))
+            while (number % at_once == 0 or number == count) and number > (
+                    found["inFlight"] + found["queueDepth"] + over):
+                found = await jano_.status()
+                over = sum(ask.done() for ask in asks)
+        assert (found["inFlight"], found["queueDepth"]) == (1, waiting)
+        assert {refused(await ask) for ask in asks if ask.done()} == {503}
+        assert peak() < before + most
+        for ask in asks:
+            ask.cancel()
+        await event(all_over(jano_, files))
+        chat.answer = chat.plain
         assert (await jano_.ask("chat"))[0] == 200
-    assert calls(tmp_path) == []
 
 
-async def start(folder: Path, port: int, redirection: str = "") -> asyncio.subprocess.Process:
-    (folder / "models.json").write_text('{"models": [{"name": "a", "url": "http://127.0.0.1:1"}]}')
-    return await asyncio.create_subprocess_exec(
-        "sh", "-c", f'exec "$0" "$1" {redirection}', sys.executable, str(JANO), cwd=folder,
-        env={**os.environ, "JANO_PORT": str(port), "SWAP_COMMAND": str(swap_script(folder))},
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT)
+async def test_client_that_leaves_the_queue_is_never_forwarded(raw: Raw) -> None:
+    raw.reply, ok = HELD, raw.reply
+    async with connected(raw.jano, post_bytes()) as (reader, _):
+        backend = await event(raw.talks.get())
+        async with connected(raw.jano, post_bytes()), connected(raw.jano, post_bytes()[:-9]):
+            await raw.jano.logged("enqueued", 2)
+            raw.reply = ok
+            assert await raw.jano.ask("asr") == (200, {})  # passthrough waits in no queue
+            status = await raw.jano.status()
+            assert (status["inFlight"], status["queueDepth"]) == (1, 1)  # no half upload counts
+        await raw.jano.logged("client disconnected", id="2", status=499)
+        raw.say(backend, ok)
+        await event(reader.read(-1))
+    assert (await raw.jano.ask("chat"), len(raw.seen)) == ((200, {}), 3)
 
 
-async def test_second_start_is_0_beside_jano_and_1_otherwise(tmp_path: Path, chat: Backend) -> None:
-    async with running_jano(tmp_path, [entry(chat)]) as jano_:
-        for port, code, word in (jano_.port, 0, "another jano"), (chat.port, 1, str(chat.port)):
-            output, _ = await event((process := await start(tmp_path, port)).communicate())
-            assert (process.returncode, word in output.decode()) == (code, True)
-    assert (tmp_path / "calls").read_text().count("status ") == 1  # the first one's
+async def test_client_that_leaves_during_its_swap_is_never_forwarded(raw: Raw) -> None:
+    await raw.jano.logged("worker started", loaded="chat")
+    raw.server.close()
+    async with connected(raw.jano, post_bytes()):
+        await raw.jano.logged("swap requested", model="chat")
+    await raw.jano.logged("served", status=499, aborted=True)  # for its turn, which was refused
+    await raw.listen()
+    await raw.jano.logged("swap ready", model="chat")  # the swap is not the client's
+    assert (await raw.jano.ask("chat"), len(raw.seen)) == ((200, {}), 1)
 
 
-@pytest.mark.parametrize("redirection", [">/dev/full", ">&-"])
-async def test_jano_serves_on_and_ends_well_where_its_log_cannot_be_written(
-        tmp_path: Path, chat: Backend, redirection: str) -> None:
-    def answers() -> bool:
-        with contextlib.suppress(OSError), urlopen(f"{chat.url}/health") as answer:
-            return bool(answer.headers["Server"].startswith("jano/"))
-        return False
-
-    await chat.stop()  # its port is free now
-    process = await start(tmp_path, chat.port, redirection)
-    await event(until(answers))
-    process.send_signal(signal.SIGTERM)
-    assert (await event(process.communicate()), process.returncode) == ((b"", None), 0)
+async def test_client_that_leaves_its_turn_ends_the_backends_work(raw: Raw) -> None:
+    files = await all_over(raw.jano)
+    for number, raw.reply in enumerate([HELD, OK + b"\r\nbegun" + HELD], 1):
+        async with connected(raw.jano, post_bytes()) as (reader, _):
+            backend = await event(raw.talks.get())
+            await event(reader.readuntil(b"begun") if number == 2 else raw.jano.status())
+        with contextlib.suppress(ConnectionResetError):
+            await event(backend.wait_closed())
+        await raw.jano.logged("served", number, status=499, aborted=True)
+    await event(all_over(raw.jano, files))
 
 
-ANCESTOR = {  # what programs may read of the TypeScript Jano, 0.3.0: its names, a log line's by msg
-    "/status": """ok currentModel queueDepth queueByModel oldestWaitingMs currentModelLoadedAt
-        inFlight lastSwapDurationMs swapsLast15m swapsLastHour recentGenTokS recentPromptTokS
-        tokSByModel uptimeSeconds requestsServedTotal requestsByModel tokensGeneratedTotal
-        tokensByModel requestsPerMinute errorsLast15m lastError backendHealth""",
-    "lastError": "ts model message",
-    "/usage": """ts model status total_ms ttfb_ms prompt_tokens gen_tokens gen_tok_s
-        prompt_tok_s""",
-    "/v1/models": "id object created owned_by label aliases",
-    "jano listening": "host port models", "enqueued": "id model", "swap requested": "model",
-    "swap ready": "model ms", "swap failed": "model fails err", "received signal": "sig",
-    "failing fast: backend marked bad": "id model fails",
-    "served": "id model status ms aborted"}
+async def test_300_clients_that_vanish_at_any_point_leave_nothing_behind(raw: Raw) -> None:
+    async def vanish() -> None:
+        body = b'{"model":"%b"}' % dice.choice([b"chat", b"asr", b"no"])
+        sent = post_bytes(body, "Connection: keep-alive") * dice.randint(1, 2)
+        cut = dice.choice([None, None, dice.randrange(len(sent))])
+        async with connected(raw.jano, sent[:cut]) as (reader, _):
+            if not cut and dice.random() < 0.5:  # else it leaves while it waits
+                await event(reader.read(dice.choice([1, 1000, 10**5])))
+
+    raw.reply, dice = OLD + b"\r\n" + bytes(3 * 10**5), random.Random(300)
+    files = await all_over(raw.jano)
+    await asyncio.gather(*(vanish() for _ in range(300)))
+    await event(all_over(raw.jano, files))
+    assert len(await exchange(raw.jano, post_bytes())) > 3 * 10**5
 
 
-async def test_old_names_are_kept_and_no_secrets(
-    tmp_path: Path, chat: Backend, code: Backend
+async def test_300_clients_that_leave_at_the_same_point_leave_nothing_behind(raw: Raw) -> None:
+    process, ok = Path(f"/proc/{raw.jano.process.pid}"), raw.reply
+    files, threads = await all_over(raw.jano), len([*process.glob("task/*")])
+    chat, asr = (post_bytes(b'{"model":"%b"}' % name, "Connection: keep-alive")
+                 for name in (b"chat", b"asr"))
+    stages = [  # what they have sent, what it is answered with, how many are in flight and wait
+        (asr[:-9], ok, 0, 0), (asr[:20], ok, 0, 0), (b"", ok, 0, 0), (chat, HELD, 1, 299),
+        (chat * 2, HELD, 1, 299), (asr, HELD, 300, 0), (asr * 2, HELD, 300, 0),
+        (asr, OK + b"\r\nbegun" + HELD, 300, 0),
+        (chat, RESET, 0, 300)]  # during the swap that follows the refused connection
+    for sent, raw.reply, *wanted in stages:
+        if raw.reply is RESET:
+            raw.server.close()
+        async with contextlib.AsyncExitStack() as clients:
+            for _ in range(300):
+                reader, _ = await clients.enter_async_context(connected(raw.jano, sent))
+                if b"begun" in raw.reply:
+                    await event(reader.readuntil(b"begun"))
+            for _ in range(300):
+                status = await raw.jano.status()
+                found = [status["inFlight"], status["queueDepth"]]
+                if found == wanted and len([*process.glob("fd/*")]) >= files + 300:
+                    break
+            assert found == wanted, sent
+        if raw.reply is RESET:  # the swap goes on
+            await raw.listen()
+        await event(all_over(raw.jano, files))
+    raw.reply = ok
+    assert await event(raw.jano.ask("chat")) == (200, {})
+    await event(until(lambda: len([*process.glob("task/*")]) == threads))
+
+
+@pytest.mark.parametrize("status", [200, 502])
+async def test_backend_that_refuses_is_swapped_in_and_asked_again(raw: Raw, status: int) -> None:
+    await raw.jano.logged("worker started", loaded="chat")
+    raw.ready_once = status == 502
+    raw.server.close()
+    asking = asyncio.create_task(exchange(raw.jano, post_bytes()))
+    await raw.jano.logged("swap requested", model="chat")
+    await raw.listen()
+    assert answered(await asking).status == status
+    assert len(raw.seen) == (status == 200)
+    assert (await raw.jano.status())["swapsTotal"] == 1  # and it is asked no third time
+
+
+async def test_backend_may_close_its_connection_after_any_answer(raw: Raw) -> None:
+    raw.reply += HELD  # and at the next byte the connection is closed
+    assert [await raw.jano.ask("chat") for _ in range(2)] == [(200, {})] * 2
+
+
+async def test_connection_is_used_again_only_after_a_good_answer_whose_backend_keeps_it(
+    tmp_path: Path, chat: Backend
 ) -> None:
-    models, script = [entry(chat), entry(code)], swap_script(tmp_path, '[ "$1" != code ]')
-    chat.answer, settings = chat.held, {"JANO_API_KEY": "secret-key", "SWAP_FAILURE_LIMIT": 1}
-    async with running_jano(tmp_path, models, script, **settings) as jano_:
-        jano_.session.headers["Authorization"] = "Bearer secret-key"
-        running, waiting = await queued(jano_, "chat", "chat", prompt="secret-prompt")
-        waiting.cancel()
-        await jano_.logged("client disconnected", id="2")
-        chat.release.set()
-        answers = [await post(jano_, model) for model in ("code", "code", "chat")]
-        assert [answer.status for answer in (await running, *answers)] == [200, 503, 503, 200]
-        status, usage, models = [await read(jano_, path) for path in (
-            "/status", "/usage", "/v1/models")]
-        told = [("/status", status), ("lastError", status["lastError"]),
-                ("/usage", usage["records"][0]), ("/v1/models", models["data"][0])]
-    told += [(line["msg"], line) for line in jano_.lines]
-    assert {*ANCESTOR, "client disconnected", "jano stopped"} <= {kind for kind, _ in told}
-    for kind, names in told:
-        assert {*ANCESTOR.get(kind, "").split()} <= set(names), kind
-    for line in jano_.lines:
-        shape = [*list(line)[:3], line["t"][-1], type(line.get("id", ""))]
-        assert shape == ["t", "level", "msg", "Z", str]
-        assert line["level"] in ("info", "warn", "error")
-    assert not [word for word in ("secret", "answered_by") if word in str(jano_.lines)]
-
-
-# ------------------------------------------------------------------------------ telemetry ----
-
-JSON = {"Content-Type": "application/json"}
-
-
-def says(*pieces: bytes, status: Any = 200, **headers: Any) -> Answer:
-    """One piece goes out with a Content-Length, several in chunks; an empty one is a pause."""
+    """llama-server promises to keep it with every answer, but closes it after a stream."""
+    keeps, connections = {"Keep-Alive": "timeout=5"}, []
+    cases: list[tuple[int, dict[str, str], bool]] = [
+        (200, keeps, False), (200, keeps, False), (200, keeps, True), (200, keeps, True),
+        (200, {}, False), (200, {}, False), (400, keeps, False), (200, keeps, False)]
 
     async def answer(request: web.Request) -> web.StreamResponse:
-        response = web.StreamResponse(status=status, headers=JSON | headers)
-        response.content_length = len(pieces[0]) if len(pieces) == 1 else None
+        assert request.transport
+        connections.append(request.transport.get_extra_info("peername"))
+        response = web.StreamResponse(status=status, headers=headers)
+        response.content_length = None if stream else 2
         await response.prepare(request)
-        for piece in pieces:
-            await response.write(piece)
-            await asyncio.sleep(0 if piece else 0.1)
+        await response.write(b"{}")
         return response
 
-    return answer
+    chat.answer = answer
+    async with running_jano(tmp_path, [entry(chat)]) as jano_:
+        for status, headers, stream in cases:  # noqa: B007
+            assert await jano_.ask("chat") == (status, {})
+    assert [connections.index(connection) for connection in connections] == [0, 0, 0, 3, 4, 5, 6, 7]
 
 
-async def read(jano_: Running, path: str) -> Any:
-    """What GET path says: an object, or else a text."""
-    async with jano_.session.get(jano_.url + path) as answer:
-        return json.loads(text) if (text := await answer.text())[0] == "{" else text
+AT_FIRST = [(b"", reply) for reply in (  # what is in s3cret, nobody shall quote
+    b"", RESET, HELD, OK + b"X-A: s3", OK + b"X-A: s3" + RESET, OK + b"X-A: s3" + HELD,
+    b"SSH-2.0-s3\r\n", b"s3" * 9999, b"HTTP/1.1 s3\r\n\r\n", OK + b"s3\r\n\r\n",
+    OK + b"X: " + b"s3" * 9999 + b"\r\n\r\n", OK + b"Content-Length: 1\r\n" * 2 + b"\r\ns3",
+    b"HTTP/1.1 101 s3\r\nConnection: upgrade\r\nUpgrade: s3\r\n\r\n")]
+AMID = [(SIZED, b""), (SIZED, b"half"), (SIZED, RESET), (IN_CHUNKS, b"4\r\nhalf\r\n"),
+        (IN_CHUNKS, b"9\r\nhalf"), (IN_CHUNKS, RESET), (IN_CHUNKS, b"4\r\nhalf\r\n" + HELD)]
 
 
-async def shows(jano_: Running, **wanted: Any) -> dict[str, Any]:
-    """/status, where these fields must have these values."""
-    found = await jano_.status()
-    assert {name: found[name] for name in wanted} == wanted
-    return found
+@pytest.mark.parametrize("raw", [{"REQUEST_TIMEOUT_MS": 500}], indirect=True)
+@pytest.mark.parametrize("faults", [AT_FIRST, AMID])
+async def test_death_is_502_silence_504_and_a_begun_answer_breaks(raw: Raw, faults: Any) -> None:
+    for (head, rest), version in [(fault, v) for fault in faults for v in ("1.1", "1.0")]:
+        raw.reply, answer = head + HELD, b""
+        async with connected(raw.jano, post_bytes(version=version)) as (reader, _):
+            backend = await event(raw.talks.get())
+            await event(reader.readuntil(b"\r\n\r\n") if head else raw.jano.status())
+            raw.say(backend, rest)
+            with pytest.raises(ConnectionResetError) if head else contextlib.nullcontext():
+                while piece := await event(reader.read(99)):
+                    answer += piece
+        assert refused(answer) >= 502 if not head else b"0\r\n\r\n" not in answer
+        served = await raw.jano.logged("served", len(raw.seen))
+        assert served["status"] == (504 if rest.endswith(HELD) else 502)
+    assert "s3" not in json.dumps([raw.jano.lines, await raw.jano.status()])
 
 
-async def spoken(jano_: Running, data: bytes, patience: float = PATIENCE) -> bytes:
-    """What comes back for these bytes, until the connection ends."""
-    found = b""
-    reader, writer = await asyncio.open_connection("127.0.0.1", jano_.port)
-    with contextlib.closing(writer), contextlib.suppress(ConnectionError, asyncio.TimeoutError):
-        writer.write(data)
-        while piece := await asyncio.wait_for(reader.read(2**16), patience):
-            found += piece
-    return found
-
-
-def epoch(ts: str) -> float:
-    when = datetime.strptime(ts, "%Y-%m-%dT%H:%M:%S.%fZ")
-    return when.replace(tzinfo=timezone.utc).timestamp()
-
-
-def script(folder: Path, body: str = "") -> Path:
-    """chat is loaded already; any swap waits for the file go, then does what body says."""
-    return swap_script(folder, f"""[ "$1" != status ] || {{ echo "chat: loaded"; exit; }}
-        until [ -e "{folder}/go" ]; do sleep 0.02; done; {body}""")
-
-
-def passthrough(name: str, backend: Backend) -> dict[str, Any]:
-    return {"name": name, "url": backend.url, "passthrough": True}
-
+# ------------------------------------------------------------------------------- telemetry ----
 
 KNOWN = (b'{"usage": {"prompt_tokens": 9, "completion_tokens": 60},'
          b' "timings": {"prompt_per_second": 300.04, "predicted_per_second": 50}}')
@@ -1815,7 +1444,6 @@ WRONG: list[Any] = [
     ('{"timings":{"predicted_n":3,"predicted_per_second":1e999}}', None, 3, None, None),
     ('the log said "prompt_tokens": 5', None, None, None, None),  # as text/plain
     (BEGIN[:9] + "||" + BEGIN[9:] + LONG + END, 25, 15, None, None)]
-
 counts = itemgetter("prompt_tokens", "gen_tokens", "gen_tok_s", "prompt_tok_s")
 
 
@@ -1884,6 +1512,19 @@ async def test_neither_a_failed_swap_nor_an_unload_hides_or_feigns_what_was_save
         await jano_.logged("unload requested")
         assert (await jano_.ask("chat"))[0] == 200
         await shows(jano_, swapsTotal=2, swapsAvoided=1)
+
+
+async def test_who_waits_for_a_swap_that_fails_is_not_in_flight(
+    tmp_path: Path, code: Backend
+) -> None:
+    code.ready = False
+    async with running_jano(tmp_path, [entry(code)], script(tmp_path, "exit 1")) as jano_:
+        asks = [asyncio.create_task(jano_.ask("code", stream=True)) for _ in range(50)]
+        await jano_.logged("enqueued", 50)
+        (tmp_path / "go").touch()
+        seen = await spoken(jano_, LAST.replace(b"Connection: close", b"X: y") * 300 + LAST)
+        assert {status for status, _ in await asyncio.gather(*asks)} == {503}
+        assert set(re.findall(rb'"inFlight": (\d+)', seen)) == {b"0"}
 
 
 async def test_two_groups_are_shown_apart(tmp_path: Path, chat: Backend, code: Backend) -> None:
@@ -1976,6 +1617,49 @@ async def test_metrics_agree_with_status(tmp_path: Path, chat: Backend, code: Ba
     dashboard_fits([(name, labels) for name, labels, _ in lines])
 
 
+ANCESTOR = {  # what programs may read of the TypeScript Jano, 0.3.0: its names, a log line's by msg
+    "/status": """ok currentModel queueDepth queueByModel oldestWaitingMs currentModelLoadedAt
+        inFlight lastSwapDurationMs swapsLast15m swapsLastHour recentGenTokS recentPromptTokS
+        tokSByModel uptimeSeconds requestsServedTotal requestsByModel tokensGeneratedTotal
+        tokensByModel requestsPerMinute errorsLast15m lastError backendHealth""",
+    "lastError": "ts model message",
+    "/usage": """ts model status total_ms ttfb_ms prompt_tokens gen_tokens gen_tok_s
+        prompt_tok_s""",
+    "/v1/models": "id object created owned_by label aliases",
+    "jano listening": "host port models", "enqueued": "id model", "swap requested": "model",
+    "swap ready": "model ms", "swap failed": "model fails err", "received signal": "sig",
+    "failing fast: backend marked bad": "id model fails",
+    "served": "id model status ms aborted"}
+
+
+async def test_old_names_are_kept_and_no_secrets(
+    tmp_path: Path, chat: Backend, code: Backend
+) -> None:
+    models, script = [entry(chat), entry(code)], swap_script(tmp_path, '[ "$1" != code ]')
+    chat.answer, settings = chat.held, {"JANO_API_KEY": "secret-key", "SWAP_FAILURE_LIMIT": 1}
+    async with running_jano(tmp_path, models, script, **settings) as jano_:
+        jano_.session.headers["Authorization"] = "Bearer secret-key"
+        running, waiting = await queued(jano_, "chat", "chat", prompt="secret-prompt")
+        waiting.cancel()
+        await jano_.logged("client disconnected", id="2")
+        chat.release.set()
+        answers = [await post(jano_, model) for model in ("code", "code", "chat")]
+        assert [answer.status for answer in (await running, *answers)] == [200, 503, 503, 200]
+        status, usage, models = [await read(jano_, path) for path in (
+            "/status", "/usage", "/v1/models")]
+        told = [("/status", status), ("lastError", status["lastError"]),
+                ("/usage", usage["records"][0]), ("/v1/models", models["data"][0])]
+    told += [(line["msg"], line) for line in jano_.lines]
+    assert {*ANCESTOR, "client disconnected", "jano stopped"} <= {kind for kind, _ in told}
+    for kind, names in told:
+        assert {*ANCESTOR.get(kind, "").split()} <= set(names), kind
+    for line in jano_.lines:
+        shape = [*list(line)[:3], line["t"][-1], type(line.get("id", ""))]
+        assert shape == ["t", "level", "msg", "Z", str]
+        assert line["level"] in ("info", "warn", "error")
+    assert not [word for word in ("secret", "answered_by") if word in str(jano_.lines)]
+
+
 async def test_what_is_confided_to_jano_is_told_to_nobody(tmp_path: Path, chat: Backend) -> None:
     async def garbage(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.closing(writer):
@@ -2043,20 +1727,355 @@ def test_what_the_recorder_remembers_stops_growing(rounds: int) -> None:
     assert max(sizes) <= sizes[0] * 1.001  # the numbers get longer, and that is all
 
 
-async def test_who_waits_for_a_swap_that_fails_is_not_in_flight(
-    tmp_path: Path, code: Backend
+# ------------------------------------------------------------------------- HTTP and safety ----
+
+ASK = '{"model": "chat"}'
+OWN = ["/", "/health", "/status", "/usage", "/metrics", "/models", "/v1/models", "/v1/models/chat"]
+TE, CHUNKS = "Transfer-Encoding:", '11\r\n{"model": "chat"}\r\n0\r\n\r\n'
+
+
+@pytest.mark.parametrize(("settings", "answers"), [
+    pytest.param({}, {
+        "200 ": ["GET /|Expect: x", *(f"{way} {path}" for path in OWN for way in ("GET", "HEAD"))],
+        "204 allow: get, head, post, options": [f"OPTIONS {path}" for path in (*OWN, "/none")],
+        "405 allow: get, head, options": [f"POST {path}" for path in OWN],
+        "405 allow: post, options": ["PUT /x", "DELETE /none", "TRACE //"],
+        "404 unknown_route": ["GET /none", "GET //", "GET /v1/chat/completions", "GET /%0a"],
+        "404 content-type: application/json": [
+            "GET /v1/models/none", "HEAD /v1/models/none", "HEAD /none", "CONNECT h:1"],
+    }, id="every route answers HEAD and tells its methods"),
+    pytest.param({}, {
+        "400 invalid_json": ["POST /x HTTP/1.0", *(f"POST /x||{body}" for body in (
+            " ", "null", "[]", "7", '"chat"', "{", "\xff", f"{ASK} x", "[" * 100_000,
+            '{"model": ' * 100_000, '{"model": "chat", "n": ' + "9" * 5000 + "}"))],
+        "400 invalid_body": [  # also where aiohttp lacks br or zstd
+            f"POST /x|Content-Length: 17|Content-Encoding: {coding}||{ASK}"
+            for coding in ("br", "zstd", "gzip", "deflate")],
+        '400 "model_not_found"}, "accepted": ["chat", "Fast"]}': ["POST /x||{}", *(
+            f'POST /x||{{"model": {value}}}' for value in (
+                "null", '"none"', '["chat"]', "1e999", "9" * 4000, r'"\ud800\n"', '"chat\xff"'))],
+    }, id="an unusable body is a 400"),
+    pytest.param({}, {
+        "400 invalid_http": [
+            "GET / HTTP/9", "NONE /", f"POST /x HTTP/1.1|Content-Length: 17||{ASK}",  # no Host
+            f"POST /x HTTP/1.1\nHost: localhost\nContent-Length: 17\n\n{ASK}",
+            "GET *", "POST @h/", "POST x:@h/", "POST /\xff", "\x16",
+            *(f"POST /x|{rest}" for rest in (
+                f"Content-Length: 17|{TE} chunked||{CHUNKS}", "Content-Length: 17, 17",
+                "Content-Length: 1|Content-Length: 17", "Content-Length: 17|Content-Length: 17",
+                f"{TE} chunked|{TE} chunked||{CHUNKS}", f"{TE} chunked, chunked||{CHUNKS}",
+                f"{TE} chunked||11;x\n{CHUNKS[4:]}", f"{TE}\r\n chunked||{CHUNKS}", f"{TE}||{ASK}",
+                f"{TE} identity|Content-Length: 17||{ASK}", f"{TE} chunked||-{CHUNKS}",
+                f"{TE} chunked||1000000000000000{CHUNKS}", "Content-Length:", "Content-Length: -0",
+                "Content-Length: +17", "Content-Length: 0x11", "Content-Length : 17",
+                f"Transfer-Encoding : chunked||{CHUNKS}", f"{TE}\x0bchunked||{CHUNKS}",
+                f"{TE} xchunked||{CHUNKS}", f"{TE} chunked, identity||{CHUNKS}",
+                f"{TE} chunked||0x{CHUNKS}", f"{TE} chunked||11\n{CHUNKS[4:]}",
+                f"{TE} chunked||{CHUNKS[:21]}XX{CHUNKS[21:]}", "X: a\r\n b: c", "X: a\r\n\tb: c",
+                "X: a\nY: b", "X: a\rY: b", "X: a\0b", "X Y: b", "X", "Host: a|Host: localhost"))],
+        f"200 POST /x||{ASK}": [f"POST /x|{TE} chunked||{chunks_}" for chunks_ in (
+            f"{CHUNKS[:-2]}X-Evil: 1\r\n\r\n", f'11;a=b;c="d"{CHUNKS[2:]}')],
+    }, id="what is not clear HTTP is a 400 and never sent on"),
+    pytest.param({}, {
+        **{f"200 POST {path}||{ASK}": [f"POST {path}"] for path in (
+            "//h/", "/../%2e%2e/x", "/x?a=%0d%0aX-Evil:%201&b=c+d%20", "/v1/%E2%9C%93/%FF")},
+        **{f"200 POST /x||{body}": [f"POST /x||{body}"] for body in (
+            '{"model":"CHAT"}', ' {"model" : "fAST" }\n', '{"model":"chat","x":"\xff"}')},
+        f"200 POST /x?y||{ASK}": ["POST http://elsewhere.example/x?y"],
+        f"200 POST /x|Authorization: Bearer own||{ASK}": ["POST /x|Authorization: Bearer own"],
+        f"200 POST /1.0||{ASK}": [f"POST /1.0 HTTP/1.0|Content-Length: 17||{ASK}"],  # without Host
+        f"200 POST /x|B: 2||{ASK}": ["POST /x|A: 1|Connection: C|Connection: A|B: 2"],
+    }, id="an odd request is sent on to the byte"),
+    pytest.param({"JANO_ALLOWED_HOSTS": "box.local, other", "JANO_HOST": "LocalHost"}, {
+        "200 ": [f"GET /|Host: {host}" for host in (
+            "localhost", "LOCALHOST:1", "127.0.0.1:8", "[::1]", "[::1]:8", "box.local:5", "Other")],
+        "403 host_not_allowed": [f"{method} /|Host: {host}" for method in ("GET", "OPTIONS", "POST")
+                                 for host in ("evil.example", "localhost.evil.example:1", "", "[",
+                                              "x@localhost", "[::1", "::1", "127.0.0.1.h", "\xff")],
+    }, id="only known hosts are answered"),
+    pytest.param({"JANO_HOST": "0x7F.1"}, {  # loopback however it is spelt
+        "200 ": [f"GET /|Host: {host}" for host in ("0x7f.1:8", "127.0.0.1", "localhost")],
+        "403 host_not_allowed": ["GET /|Host: evil.example"],
+    }, id="only known hosts are answered on any loopback address"),
+    pytest.param({"JANO_API_KEY": "k", "JANO_CORS_ORIGINS": "https://a.example, app://b"}, {
+        "200 \r\naccess-control-allow-origin: https://a.example\r\n": [
+            f"{ask}|x-api-key: k|Origin: https://a.example" for ask in ("POST /x", "GET /models")],
+        "401 \r\naccess-control-allow-origin: app://b\r\n": ["POST /x|Origin: app://b"],
+        "204 \r\naccess-control-allow-headers: x-api-key": [
+            "OPTIONS /x|Origin: app://b|Access-Control-Request-Headers: X-Api-Key"],
+        "403 origin_not_allowed": [
+            f"{method} /x|x-api-key: k|Origin: {origin}" for method in ("GET", "POST", "OPTIONS")
+            for origin in ("https://a.example.evil", "http://localhost:1", "null", "\xff")],
+        "200 POST /": ["POST /x|x-api-key: k|Origin: http://localhost"],  # jano's own page
+    }, id="only known origins are answered, and may read streams and errors"),
+    pytest.param({"JANO_CORS_ORIGINS": "*"}, {
+        "200 access-control-allow-origin: http://any": ["POST /x|Origin: http://any"],
+        "200 \r\nvary: accept\r\n": ["POST /x|Origin: http://any"],  # the backend's own
+    }, id="a star allows every origin"),
+    pytest.param({"JANO_API_KEY": "k"}, {
+        "401 invalid_api_key": [
+            "GET /status", "GET /usage", "GET /metrics", "GET /models", "GET /none", "POST /x",
+            "POST /x|x-api-key: K", "POST /x|x-api-key: \xff", "POST /x|Authorization: Bearer no"],
+        '200 {"ok": true}': ["GET /health", "GET /health|x-api-key: no"],  # and no more
+        "200 <!doctype html": ["GET /"],
+        "200 queueDepth": ["GET /health|x-api-key: k", "GET /status|Authorization: Bearer k"],
+        f"200 POST /x|x-api-key: own||{ASK}": ["POST /x|Authorization: Bearer k|x-api-key: own"],
+        f"200 POST /x|Authorization: own||{ASK}": ["POST /x|Authorization: own|x-api-key: k"],
+        f"200 POST /x||{ASK}": ["POST /x|Authorization: Bearer k|x-api-key: k"],
+    }, id="a key is needed and stays with jano"),
+])
+async def test_request_is_answered_or_sent_on(
+    tmp_path: Path, chat: Backend, settings: Any, answers: dict[str, list[str]]
 ) -> None:
-    code.ready = False
-    async with running_jano(tmp_path, [entry(code)], script(tmp_path, "exit 1")) as jano_:
-        asks = [asyncio.create_task(jano_.ask("code", stream=True)) for _ in range(50)]
-        await jano_.logged("enqueued", 50)
+    async def echo(request: web.Request) -> web.Response:
+        got = [f"{name}: {value}" for name, value in request.headers.items()
+               if name not in ("Host", "Content-Length", "Connection")]  # which are made anew
+        text = "|".join([f"POST {request.raw_path}", *got, "", chat.bodies[-1].decode("latin-1")])
+        return web.Response(text=text, content_type="text/event-stream", headers={"Vary": "Accept"})
+
+    chat.answer, sent_on = echo, 0
+    async with running_jano(tmp_path, [entry(chat, aliases=["Fast"])], **settings) as jano_:
+        for wanted, requests in answers.items():
+            for request in requests:
+                status, head, body = await wire(jano_, request)
+                assert f"{status} " == wanted[:4], request[:200]
+                assert wanted[4:] in head + body, request[:200]
+                if status >= 400 and not request.startswith("HEAD"):
+                    assert json.loads(body)["error"].keys() == {"message", "type", "param", "code"}
+                sent_on += status == 200 and request.startswith("POST")
+        left = json.loads((await wire(jano_, "GET /status|x-api-key: k"))[2])
+        assert (left["inFlight"], left["queueDepth"], len(chat.requests)) == (0, 0, sent_on)
+
+
+async def test_models_are_listed_and_found_by_any_name(tmp_path: Path, chat: Backend) -> None:
+    swap = swap_script(tmp_path, '[ "$1" != status ] || echo "a/b:7b: loaded"')
+    models = [{**entry(chat), "name": "a/b:7b", "aliases": ["Fast"], "metadata": {"n": 1}},
+              entry(chat, label="C!"), {**entry(chat), "name": "ears", "passthrough": True}]
+    async with running_jano(tmp_path, models, swap) as jano_:
+        await jano_.logged("worker started")
+        listed = json.loads((await wire(jano_, "GET /v1/models"))[2])["data"]
+        since = listed[0]["created"]
+        assert [list(model.values()) for model in listed] == [
+            ["a/b:7b", "model", since, "jano", "a/b:7b", ["Fast"], "loaded", {"n": 1}],
+            ["chat", "model", since, "jano", "C!", [], "unloaded", {}],
+            ["ears", "model", since, "jano", "ears", [], "loaded", {}]]
+        for name in ("a/b:7b", "a%2Fb:7b", "A%2fB%3A7b", "fast"):
+            assert json.loads((await wire(jano_, f"GET /v1/models/{name}"))[2]) == listed[0]
+        chat.ready = False
+        asked = asyncio.create_task(jano_.ask("chat"))
+        await jano_.logged("swap requested")
+        assert json.loads((await wire(jano_, "GET /v1/models/chat"))[2])["status"] == "loading"
+        chat.ready = True
+        assert (await asked)[0] == 200
+
+
+async def test_hostile_names_arrive_everywhere_as_they_are(tmp_path: Path, chat: Backend) -> None:
+    names = ["it's \"so\"", f"$(touch {tmp_path}/x)", f"`touch {tmp_path}/x`; a", "<script>",
+             "back\\slash\\n", "🦙", "-rf", "../../etc", "x" * 200, "%s%2F{}"]
+    swap = swap_script(tmp_path, f"printf '%s|' \"$@\" >>'{tmp_path}/argv'")
+    models = [{"name": name, "url": chat.url} for name in names]
+    async with running_jano(tmp_path, models, swap) as jano_:
+        for name in names:
+            assert (await jano_.ask(name))[0] == 200
+            assert json.loads(chat.bodies[-1])["model"] == name
+            found = json.loads((await wire(jano_, f"GET /v1/models/{quote(name, safe='')}"))[2])
+            assert (found["id"], found["status"]) == (name, "loaded")
+        assert (tmp_path / "argv").read_text() == "|".join(["status", *names, ""])
+        assert [line["model"] for line in jano_.lines if line["msg"] == "swap ready"] == names
+        label = r'jano_requests_total\{model="((?:\\.|[^\\"\n])*)",status="200"\} 1'
+        found = re.findall(label, (await wire(jano_, "GET /metrics"))[2])
+        assert [re.sub(r"\\(.)", r"\1", name) for name in found] == names
+    assert not (tmp_path / "x").exists()
+
+
+async def test_requests_sent_in_one_go_are_answered_in_order(raw: Raw) -> None:
+    first = post_bytes(b'{"model":"asr"}', "Connection: keep-alive")
+    answers = await exchange(raw.jano, first + post_bytes())
+    assert [parsed(seen)[2] for seen in raw.seen] == [b'{"model":"asr"}', b'{"model":"chat"}']
+    assert re.findall(rb"x-request-id: (\d)", answers) == [b"1", b"2"]
+
+
+FORM, SPEECH = "Content-Type: multipart/form-data; boundary=B", "/v1/audio/transcriptions"
+A, CHAT, TEN_MB = (b"model", b"Asr"), (b"model", b"chat"), b"x" * 10**7
+NEST = b"--B%b\r\nContent-Type: multipart/mixed; boundary=B%d\r\n\r\n"
+FOUND = [  # prefix of the model's url, path, headers, body
+    ("", SPEECH, [FORM], form_bytes((b"a", b"b"), CHAT)), ("/u/p", "/x?model=up", [], b'{ "n":1 }'),
+    ("/u/p", SPEECH, [FORM], form_bytes((b"model", b"up"), (b"f", TEN_MB))),
+    ("/u/p", "//v1/../a/./%2fb%C3%A9", ["X-Model: up"], b"\xff"),
+    ("/u/p", "/x", [], b'{"n":1.5,"model":"UP","deep":[{"model":"up"}],"big":%d}' % 2**70),
+    ("/u/p", "/x", [], b'{"a":"\\\\","b":["}",{"model":1}],"model" : "UP","c":"\\"%b"}\n' % TEN_MB),
+    ("/asr", "/v1/x/v1/", [], b'{ "model":"ASR"}'), ("/asr", "/x", ["X-Model: asr"], b""),
+    ("/asr", "/infill", [], '{"model":"üNÏ/8B"}'.encode()), ("/asr", "/rerank", [], b"{}"),
+    ("/asr", "/v1/a?model=chat&b?c=/d:@!$'()*,", ["X-Model: chat"], b'{"model":"asr"}'),
+    ("/asr", "/v1/a?q=%20+%zz&&=;y&model=%C3%BCn%c3%af%2F8b", ["X-Model: chat"], b"\0\xff"),
+    ("/asr", '/|"<>^?x&model=asr', ["X-Model: chat"], b'{"model":null}'),
+    ("/asr", "/x", ["X-Model: Asr", "Content-Type: audio/wav"], b"RIFF\0\xff"),
+    ("/asr", "/x", ["X-Model: asr", FORM], b"no form"),
+    ("/asr", SPEECH, [FORM], form_bytes((b"file", b"\0\xff"))),
+    ("/asr", "/x", ['Content-Type: multipart/form-data; boundary="B"'],  # as .NET writes it
+     b"--B\r\nX: y\r\ncontent-disposition: form-data; name=model\r\n\r\nasr\r\n--B--\r\n"),
+    ("/asr", SPEECH, [FORM], form_bytes((b"file", form_bytes(CHAT)[1:-6]), A))]
+REFUSED = [("/x", [], b"{}"), ("/x", [], b"\0"), ("/rerank", [], b"[]"), ("/rerank/x", [], b"{}"),
+           ("/x?model=no", [], b"{}"), ("/x?model=asr", ["X-Model: asr"], b'{"model":"no"}')]
+REFUSED += [("/x", [], b'{"model":"chat","x":%b' % end + b"[" * 2**20) for end in (
+    b"", b'"', b'"\\"', b"0}", b"]]", b'"\\\\"}')]
+REFUSED += [("/x", [FORM + more], body) for more, body in [
+    ("", b""), ("", form_bytes(A)[:20]), ("", form_bytes(A, end=b"")), ("C", form_bytes(A)),
+    ("B" * 70, form_bytes(A)), ("", form_bytes(A, A)), ("", form_bytes((b"model", b"\xff"))),
+    ("", form_bytes((b"model", TEN_MB))), ("", form_bytes(A, *[(b"a", b"b")] * 10_000)),
+    ("", b"--B\r\nX: " + TEN_MB + b"\r\n\r\n\r\n--B--\r\n"),
+    ("", NEST % (b"", 0) + b"--B0\r\n\r\nx\r\n--B0--\r\n\r\n" + form_bytes(A)),
+    ("0", b"".join(NEST % (b"%d" % i, i + 1) for i in range(3000)))]]
+TOO_LONG = [("/x", [], b" " * 2**25), ("/x", [CHUNKED], chunks(b" " * 2**24)),
+            ("/x", [GZIP], gzip.compress(b" " * 2**27))]  # what it becomes counts
+
+
+async def test_model_is_found_in_body_then_query_then_header_then_endpoint(raw: Raw) -> None:
+    form: Any = aiohttp.FormData({"model": "ASR", "file": io.BytesIO(b"RIFF")})()
+    kind, encoded = f"Content-Type: {form.headers['Content-Type']}", await form.as_bytes()
+    for prefix, path, headers, body in [*FOUND, ("/asr", "/x", [kind], encoded)]:
+        await exchange(raw.jano, post_bytes(body, *headers, path=path))
+        line, _, seen = parsed(raw.seen.pop())
+        assert line == f"POST {prefix}{path} HTTP/1.1"
+        assert seen == body or (  # upstream_model rewrites JSON, and nothing else
+            b'"UP"' in body and json.loads(seen) == {**json.loads(body), "model": "org/Ä-7B"})
+
+
+@pytest.mark.parametrize("raw", [{"MAX_BODY_MB": 10}], indirect=True)
+@pytest.mark.parametrize(("status", "requests"), [(400, REFUSED), (413, TOO_LONG)])
+async def test_bad_request_is_refused_and_no_more(raw: Raw, status: int, requests: Any) -> None:
+    for path, headers, body in requests:
+        message = await exchange(raw.jano, post_bytes(body, *headers, path=path))
+        assert (refused(message), raw.seen) == (status, []), (path, headers, body[:99])
+
+
+async def test_large_body_holds_nobody_up_however_odd_it_is(raw: Raw) -> None:
+    for body in b"[]," * 2**18, b'{"":"\\"' * 2**17:
+        asking = asyncio.create_task(exchange(
+            raw.jano, post_bytes(b'{"model":"chat","x":"%b","y":[%b' % (b"x" * 2**20, body))))
+        longest, begin = 0.0, time.monotonic()
+        while not asking.done():
+            before = time.monotonic()
+            assert (await raw.jano.status())["inFlight"] == 0
+            longest = max(longest, time.monotonic() - before)
+        assert refused(await asking) == 400
+        assert longest < (time.monotonic() - begin) / 3
+
+
+# ------------------------------------------------------------------ reloading and stopping ----
+
+
+async def test_sighup_loses_no_ticket(tmp_path: Path, chat: Backend, code: Backend) -> None:
+    chat.answer = chat.held
+    async with running_jano(tmp_path, [entry(chat), entry(code)]) as jano_:
+        asks = await queued(jano_, "chat", "code", "chat")
+        models = json.dumps({"models": [entry(chat), entry(code, name="new")]})
+        for text, outcome in (models, "models reloaded"), ("{", "models not reloaded"):
+            (tmp_path / "models.json").write_text(text)
+            jano_.process.send_signal(signal.SIGHUP)
+            await jano_.logged(outcome)
+            assert (await jano_.ask("code"))[0] == 400
+            asks += await queued(jano_, "new")
+        chat.release.set()
+        assert await statuses(asks) == [200] * 5
+        assert calls(tmp_path) == ["code", "new"]  # chat was not loaded anew
+
+
+async def test_sighup_counts_at_once_whatever_its_models_are_doing(
+    tmp_path: Path, chat: Backend, code: Backend
+) -> None:
+    moved = Backend("moved")
+    await moved.start()
+    ears, chat.answer = entry(chat, name="ears", group="gpu1"), chat.held
+    steps = [[{**ears, "slots": 2}, entry(code, name="new")],  # another follows soon
+             [{**ears, "url": moved.url, "passthrough": True}, entry(moved, group="gpu1")]]
+    models, script = [entry(chat), entry(code), ears], gated_script(tmp_path)
+    async with running_jano(tmp_path, models, script) as jano_:
+        asks = await queued(jano_, "code", "ears", "ears", "ears")
+        await event(until(lambda: calls(tmp_path) == ["code"]))  # from here on it is swapped in
+        await event(chat.arrived.get())
+        for number, step in enumerate(steps, 1):
+            (tmp_path / "models.json").write_text(json.dumps({"models": step}))
+            jano_.process.send_signal(signal.SIGHUP)
+            await jano_.logged("models reloaded", number)
+        await event(chat.arrived.get())  # in the second slot
+        assert await jano_.ask("ears") == (200, {"answered_by": "moved"})
+        assert [(await jano_.ask(gone))[0] for gone in ("code", "new")] == [400, 400]
+        asks += await queued(jano_, "moved")
+        chat.release.set()
         (tmp_path / "go").touch()
-        seen = await spoken(jano_, LAST.replace(b"Connection: close", b"X: y") * 300 + LAST)
-        assert {status for status, _ in await asyncio.gather(*asks)} == {503}
-        assert set(re.findall(rb'"inFlight": (\d+)', seen)) == {b"0"}
+        assert await statuses(asks) == [200] * 5
+        assert called(tmp_path) == ["code previous=chat", "moved previous=ears group=gpu1"]
+    await moved.stop()
 
 
-# ----------------------------------------------------------------------------------- fuzz ----
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_stop_finishes_what_runs_refuses_what_waits_and_leaves_a_script_alone(
+        tmp_path: Path, chat: Backend, code: Backend, number: signal.Signals) -> None:
+    models = [entry(chat), entry(code), entry(code, name="ears", group="gpu1")]
+    chat.answer, code.ready = chat.held, False
+    script = gated_script(tmp_path, "ears", then=f'touch "{tmp_path}/done"')
+    async with running_jano(tmp_path, models, script) as jano_:
+        running, *waiting = await queued(jano_, "chat", "chat", "code", "ears")
+        await event(chat.arrived.get())
+        await event(until(lambda: calls(tmp_path) == ["ears"]))
+        await jano_.status()  # leaves an idle connection, which must not delay the end
+        jano_.process.send_signal(number)
+        for answer in await event(asyncio.gather(*waiting)):
+            assert (answer.status, answer.headers["Retry-After"]) == (503, "5")
+        chat.release.set()
+        assert await statuses([running]) == [200]
+        assert await event(jano_.process.wait()) == 0
+    (tmp_path / "go").touch()
+    await event(until((tmp_path / "done").exists))
+
+
+@pytest.mark.parametrize(("second", "ends"), [(0, 0), (signal.SIGTERM, 1), (signal.SIGKILL, -9)])
+async def test_forced_end_breaks_answers_visibly_and_the_next_start_finds_the_model_loaded(
+        tmp_path: Path, chat: Backend, code: Backend, second: int, ends: int) -> None:
+    chat.answer, code.ready, models, ended = chat.held, False, [entry(code), entry(chat)], None
+    timeout_ms = 60_000 if second else 200
+    with contextlib.suppress(AssertionError):  # its exit code may not be 0
+        async with running_jano(tmp_path, models, SHUTDOWN_TIMEOUT_MS=timeout_ms) as jano_:
+            running, = await queued(jano_, "chat")
+            await event(chat.arrived.get())
+            jano_.process.send_signal(signal.SIGTERM)
+            await jano_.logged("received signal")
+            jano_.process.send_signal(second)
+            with pytest.raises(aiohttp.ClientError):
+                await event(running)
+            ended = await event(jano_.process.wait())
+    assert ended == ends
+    chat.release.set()
+    async with running_jano(tmp_path, models) as jano_:
+        assert (await jano_.ask("chat"))[0] == 200
+    assert calls(tmp_path) == []
+
+
+async def test_second_start_is_0_beside_jano_and_1_otherwise(tmp_path: Path, chat: Backend) -> None:
+    async with running_jano(tmp_path, [entry(chat)]) as jano_:
+        for port, code, word in (jano_.port, 0, "another jano"), (chat.port, 1, str(chat.port)):
+            output, _ = await event((process := await start(tmp_path, port)).communicate())
+            assert (process.returncode, word in output.decode()) == (code, True)
+    assert (tmp_path / "calls").read_text().count("status ") == 1  # the first one's
+
+
+@pytest.mark.parametrize("redirection", [">/dev/full", ">&-"])
+async def test_jano_serves_on_and_ends_well_where_its_log_cannot_be_written(
+        tmp_path: Path, chat: Backend, redirection: str) -> None:
+    def answers() -> bool:
+        with contextlib.suppress(OSError), urlopen(f"{chat.url}/health") as answer:
+            return bool(answer.headers["Server"].startswith("jano/"))
+        return False
+
+    await chat.stop()  # its port is free now
+    process = await start(tmp_path, chat.port, redirection)
+    await event(until(answers))
+    process.send_signal(signal.SIGTERM)
+    assert (await event(process.communicate()), process.returncode) == ((b"", None), 0)
+
+
+# ------------------------------------------------------------------------------------ fuzz ----
 
 
 async def test_form_with_odd_headers_is_no_failure(tmp_path: Path, chat: Backend) -> None:
@@ -2259,31 +2278,3 @@ async def test_killed_real_server_is_brought_back_and_stops_when_its_client_leav
                              if line.startswith("llamacpp:"))
             busy = float(found["llamacpp:requests_processing"])
         assert float(found["llamacpp:tokens_predicted_total"]) < 8000
-
-
-# -------------------------------------------------------------------------------- forward ----
-
-
-async def test_connection_is_used_again_only_after_a_good_answer_whose_backend_keeps_it(
-    tmp_path: Path, chat: Backend
-) -> None:
-    """llama-server promises to keep it with every answer, but closes it after a stream."""
-    keeps, connections = {"Keep-Alive": "timeout=5"}, []
-    cases: list[tuple[int, dict[str, str], bool]] = [
-        (200, keeps, False), (200, keeps, False), (200, keeps, True), (200, keeps, True),
-        (200, {}, False), (200, {}, False), (400, keeps, False), (200, keeps, False)]
-
-    async def answer(request: web.Request) -> web.StreamResponse:
-        assert request.transport
-        connections.append(request.transport.get_extra_info("peername"))
-        response = web.StreamResponse(status=status, headers=headers)
-        response.content_length = None if stream else 2
-        await response.prepare(request)
-        await response.write(b"{}")
-        return response
-
-    chat.answer = answer
-    async with running_jano(tmp_path, [entry(chat)]) as jano_:
-        for status, headers, stream in cases:  # noqa: B007
-            assert await jano_.ask("chat") == (status, {})
-    assert [connections.index(connection) for connection in connections] == [0, 0, 0, 3, 4, 5, 6, 7]
