@@ -978,8 +978,9 @@ def clean(text: str) -> str:
 def log(level: str, msg: str, **fields: object) -> None:
     """One compact JSON object a line, on stdout. Never a prompt, an answer, a header or a key."""
     line = {"t": utc(time.time()), "level": level, "msg": msg, **fields}
-    with contextlib.suppress(OSError, ValueError):  # a full disk, a closed pipe: serve on
-        print(compact(line), flush=True)
+    # A full disk, a closed pipe, no stdout: serve on, and keep nothing that fails again at the end.
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.write(sys.stdout.fileno(), f"{compact(line)}\n".encode())
 
 
 compact = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would build one a line
