@@ -1304,7 +1304,7 @@ async def test_status_says_what_is_going_on(tmp_path: Path, chat: Backend, code:
 
 async def test_counters_are_settled_before_an_answer_ends(tmp_path: Path, chat: Backend) -> None:
     async with running_jano(tmp_path, [entry(chat)]) as jano_:
-        for count in range(1, 101):
+        for count in range(1, 201):
             chat.answer = says(b"x" * 99_999) if count % 2 else says(b"in", b"chunks")
             await jano_.post("chat")
             await jano_.shows(requestsServedTotal=count, inFlight=0)
