@@ -1270,11 +1270,13 @@ class Jano:
         """The payload of /health and /status."""
         now, waiting = clock(), [call for call in self.calls if not call.running]
         queued = Counter(call.model for call in waiting)
+        swapped = [model for model in self.models.values() if not model.passthrough]
+        workers = {model.group: self.workers[model.group] for model in swapped}
         groups = {group: {
             "currentModel": worker.loaded,
             "currentModelLoadedAt": worker.loaded and self.telemetry.loaded_at[worker.loaded],
             "swapping": worker.swapping, "queueDepth": worker.depth(),
-            "inFlight": len(worker.in_flight)} for group, worker in self.workers.items()}
+            "inFlight": len(worker.in_flight)} for group, worker in workers.items()}
         return {
             "ok": not any(worker.closed for worker in self.workers.values()),
             **next(iter(groups.values())),
@@ -1402,9 +1404,9 @@ def bare(route: str) -> str:
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """The JSON object in body; bytes beyond UTF-8 are no fault. Raises ApiError 400."""
+    """The JSON object in body; bytes beyond UTF-8, or a BOM, are no fault. Raises ApiError 400."""
     try:
-        value = json.loads(body.decode("utf-8", "replace"))
+        value = json.loads(body.decode("utf-8-sig", "replace"))
     except (ValueError, RecursionError):
         raise ApiError(400, "the body is not JSON", "invalid_json") from None
     if not isinstance(value, dict):

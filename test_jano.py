@@ -1715,7 +1715,8 @@ TE, CHUNKS = "Transfer-Encoding:", '11\r\n{"model": "chat"}\r\n0\r\n\r\n'
         **{f"200 POST {path}||{ASK}": [f"POST {path}"] for path in (
             "//h/", "/../%2e%2e/x", "/x?a=%0d%0aX-Evil:%201&b=c+d%20", "/v1/%E2%9C%93/%FF")},
         **{f"200 POST /x||{body}": [f"POST /x||{body}"] for body in (
-            '{"model":"CHAT"}', ' {"model" : "fAST" }\n', '{"model":"chat","x":"\xff"}')},
+            '{"model":"CHAT"}', ' {"model" : "fAST" }\n', '{"model":"chat","x":"\xff"}',
+            f"\xef\xbb\xbf{ASK}")},  # a byte order mark
         f"200 POST /x?y||{ASK}": ["POST http://elsewhere.example/x?y"],
         f"200 POST /x|Authorization: Bearer own||{ASK}": ["POST /x|Authorization: Bearer own"],
         f"200 POST /1.0||{ASK}": [f"POST /1.0 HTTP/1.0|Content-Length: 17||{ASK}"],  # without Host
@@ -1940,6 +1941,7 @@ async def test_sighup_counts_at_once_whatever_its_models_are_doing(
         await event(chat.arrived.get())  # in the second slot
         assert await jano_.ask("ears") == (200, {"answered_by": "code"})
         assert [(await jano_.ask(gone))[0] for gone in ("code", "new")] == [400, 400]
+        assert "groups" not in await jano_.status()  # the default one has no model any more
         asks += await jano_.queued("moved")
         chat.release.set()
         (tmp_path / "go").touch()
