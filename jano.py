@@ -817,7 +817,7 @@ async def wait_for_turn(call: Call, turn: asyncio.Future[None]) -> None:
     """Await the turn. After HEARTBEAT_MS a streaming client gets its headers, and then comments,
     lines that every parser of server-sent events skips (HTML standard, 9.2.6)."""
     heartbeat = call.jano.settings.heartbeat_ms / 1000
-    while call.streaming and heartbeat:
+    while call.streaming and heartbeat and not turn.done():
         await asyncio.wait({turn}, timeout=heartbeat)
         if turn.done():
             break
