@@ -643,8 +643,10 @@ class Worker(Schedule):
             if f"{model.name}: loaded" in lines:
                 return model.name
         urls = Counter(model.url for model in models)
-        for model in models:  # of two behind one address, health cannot tell which
-            if urls[model.url] == 1 and await self.probe(model):
+        # Of two behind one address health cannot tell which, nor whether a vLLM sleeps.
+        denied = {line.rpartition(":")[0] for line in lines}
+        for model in models:
+            if urls[model.url] == 1 and model.name not in denied and await self.probe(model):
                 return model.name
         return None
 
@@ -1181,7 +1183,7 @@ class Telemetry:
                status["tokSByModel"])
         family("swaps_total from to", "counter", "Swaps made.", self.swaps)
         family("swap_failures_total model", "counter", "Swaps failed.", self.swap_failures)
-        family("swaps_avoided", "gauge", "Changes of model in order of arrival, minus swaps made.",
+        family("swaps_avoided", "gauge", "Changes of model in arrival order, minus swaps made or failed.",
                {(): status["swapsAvoided"]})
         family("swap_time_saved_seconds", "gauge", "Swaps avoided, times the mean swap's duration.",
                {} if saved is None else {(): saved / 1000})
@@ -1565,7 +1567,7 @@ async def expect(request: web.Request) -> None:
 
 
 async def finish_headers(request: web.Request, response: web.StreamResponse) -> None:
-    """When any response's headers go out: CORS, and nothing added to a backend's."""
+    """When any response's headers go out: CORS, and nothing but a Date added to a backend's."""
     origin, headers = request.headers.get("Origin"), response.headers
     if (given := response.get(GIVEN)) is not None:
         for name in {"server", "content-type"} - given:
@@ -1612,7 +1614,7 @@ def make_app(settings: Settings, models: list[Model]) -> web.Application:
     async def lifespan(app: web.Application) -> AsyncIterator[None]:
         silence = settings.request_timeout_ms / 1000
         async with aiohttp.ClientSession(
-            # None is kept for as long as any backend does: it might close just as we use it.
+            # Each is kept for less time than any backend does, who might close it just as we use it.
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=0.5), response_class=Answer,
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=silence),
             cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False,

@@ -162,7 +162,7 @@ exit 0
 #   stop()   { docker stop -t "$grace" "llm-$1" >/dev/null || exit 1; }
 #   loaded() { [ "$(docker inspect -f '{{.State.Running}}' "llm-$1")" = true ]; }
 #
-# vLLM asleep: all servers stay up, one awake (contrib/swap.vllm-sleep.sh tells how and checks more)
+# vLLM asleep: all servers stay up, one awake (contrib/swap.vllm-sleep.sh tells how, and more surely)
 #   url()    { case $1 in chat) echo 127.0.0.1:8081 ;; code) echo 127.0.0.1:8080 ;; esac; }
 #   start()  { curl -fsS -m 60 -X POST "$(url "$1")/wake_up" || exit 1; }
 #   stop()   { ! loaded "$1" || curl -fsS -m 60 -X POST "$(url "$1")/sleep?level=1" || exit 1; }

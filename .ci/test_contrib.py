@@ -186,11 +186,11 @@ async def test_vllm_servers_take_turns_in_sleeping(tmp_path: Path) -> None:
     assert (await output(script, "unload"), awake) == ((0, ""), set())
     models = [entry(server) for server in servers]
     async with running_jano(tmp_path, models, script, LINGER_MS=0) as jano:
-        for model in ("code", "chat", "chat", "code"):
+        for model in ("chat", "code", "chat", "chat", "code"):  # all were asleep
             assert await jano.ask(model) == (200, {"answered_by": model})
             assert awake == {model}
         assert max(server.most for server in servers) == 1
-        assert await output(script, "status") == (0, "code: loaded\n")
+        assert await output(script, "status") == (0, "chat: asleep\ncode: loaded\n")
         await servers[0].stop()  # one that is down holds no memory
         assert (await output(script, "code"))[0] == 0
         assert (await output(script, "chat"))[0] == 1
@@ -233,7 +233,7 @@ async def test_docker_services_take_turns_in_running(tmp_path: Path) -> None:
         await backend.start()
     models = [entry(backend) for backend in backends]
     async with running_jano(tmp_path, models, script, PATH=path, LINGER_MS=0) as jano:
-        for model in ("code", "chat", "chat", "code"):
+        for model in ("chat", "code", "chat", "chat", "code"):  # all were asleep
             assert (await jano.ask(model))[0] == 200
             assert {file.name for file in (tmp_path / "running").iterdir()} == {"db", model}
         assert await output(script, "status", PATH=path) == (0, "code: loaded\n")

@@ -132,7 +132,7 @@ def answers(port: int) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure what jano adds to a swap.")
-    parser.add_argument("--quick", action="store_true", help="short loads, within half a minute")
+    parser.add_argument("--quick", action="store_true", help="short loads, within a minute")
     options = parser.parse_args()
     with Bench() as bench:
         (bench.folder / "toy.py").write_text(TOY)
