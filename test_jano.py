@@ -737,18 +737,22 @@ async def test_drain_called_off_costs_nothing(tmp_path: Path, chat: Backend, cod
 
 
 async def test_start_finds_what_is_loaded(tmp_path: Path, chat: Backend, code: Backend) -> None:
-    """By `status`, whole names; else by health, in file order, if no two share an address."""
+    """By `status`, whole names; else by the health of those that it does not deny, in file order,
+    if no two share an address."""
     code.ready = False
     groups = {"names": [entry(code, name="chat"), entry(chat, name="chat-large")],
               "fails": [entry(code, name="down"), entry(chat, name="up"), entry(code, name="b")],
-              "twins": [entry(chat, name="one"), entry(chat, name="two")]}
+              "twins": [entry(chat, name="one"), entry(chat, name="two")],
+              "sleeps": [entry(chat, name="nap")]}
     script = swap_script(tmp_path, """[ "$1" = status ] && sleep 0.3 && case $JANO_GROUP in
-        names) echo "chat-large: loaded";; fails) exit 1;; esac; true""")
+        names) echo "chat-large: loaded";; fails) exit 1;; sleeps) echo "nap: asleep";; esac
+        true""")
     models = [{**model, "group": group} for group, of in groups.items() for model in of]
     async with running_jano(tmp_path, models, script) as jano_:
-        asks = await jano_.queued("chat-large", "up", "two")  # while `status` still runs
-        assert await statuses(asks) == [200, 200, 200]
-    assert calls(tmp_path, environ=True) == ["two previous= group=twins"]
+        asks = await jano_.queued("chat-large", "up", "two", "nap")  # while `status` still runs
+        assert await statuses(asks) == [200] * 4
+    assert sorted(calls(tmp_path, environ=True)) == [
+        "nap previous= group=sleeps", "two previous= group=twins"]
     assert (tmp_path / "calls").read_text().count("status ") == len(groups)
 
 
