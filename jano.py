@@ -1183,7 +1183,7 @@ class Telemetry:
                status["tokSByModel"])
         family("swaps_total from to", "counter", "Swaps made.", self.swaps)
         family("swap_failures_total model", "counter", "Swaps failed.", self.swap_failures)
-        family("swaps_avoided", "gauge", "Changes of model in arrival order, minus swaps made or failed.",
+        family("swaps_avoided", "gauge", "Changes of model as requests arrive, minus all swaps.",
                {(): status["swapsAvoided"]})
         family("swap_time_saved_seconds", "gauge", "Swaps avoided, times the mean swap's duration.",
                {} if saved is None else {(): saved / 1000})
@@ -1614,7 +1614,7 @@ def make_app(settings: Settings, models: list[Model]) -> web.Application:
     async def lifespan(app: web.Application) -> AsyncIterator[None]:
         silence = settings.request_timeout_ms / 1000
         async with aiohttp.ClientSession(
-            # Each is kept for less time than any backend does, who might close it just as we use it.
+            # Kept for less time than any backend keeps it: one might close it just as we use it.
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=0.5), response_class=Answer,
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=silence),
             cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False,
