@@ -692,7 +692,7 @@ class Script:
             self.process = subprocess.Popen(
                 [*worker.settings.swap_command, argument], stdin=subprocess.DEVNULL,
                 stdout=self.stdout, stderr=self.stderr, start_new_session=True, env=environ)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a name that the locale cannot spell
             raise SwapFailed("the script could not be started", error=why(error)) from None
         self.loop = asyncio.get_running_loop()
         self.exited: asyncio.Future[int] = self.loop.create_future()
@@ -798,6 +798,7 @@ async def forward(call: Call) -> web.StreamResponse:
     while True:
         if worker:
             await wait_for_turn(call, worker.enqueue(call))
+            call.to = worker.models[call.model]  # a reload may have moved it meanwhile
         else:
             call.granted = clock()
         try:
@@ -874,9 +875,11 @@ class Answer(aiohttp.ClientResponse):
 
     def fail_reader(self, closed: asyncio.Future[None]) -> None:
         """aiohttp closes a connection whose chunks cease to be HTTP, but wakes no reader."""
-        if not closed.cancelled():
-            closed.exception()  # seen, or asyncio complains that nobody looks
-        if not self.content.is_eof() and self.content.exception() is None:
+        # An answer without a length ends with its connection, but with a reset it has not ended.
+        # (To look at the exception also keeps asyncio from complaining that nobody does.)
+        cut = (not closed.cancelled() and closed.exception() is not None
+               and self.content_length is None and "Transfer-Encoding" not in self.headers)
+        if (cut or not self.content.is_eof()) and self.content.exception() is None:
             self.content.set_exception(aiohttp.ClientPayloadError())
 
 
@@ -914,6 +917,8 @@ async def relay(call: Call, upstream: aiohttp.ClientResponse) -> web.StreamRespo
     while left != 0:
         try:
             chunk = chunk or await upstream.content.readany()
+            if not chunk and (reset := upstream.content.exception()):
+                raise reset
         except BROKEN as error:
             silent = isinstance(error, asyncio.TimeoutError)
             how = "fell silent" if silent else "died"
@@ -929,8 +934,10 @@ async def relay(call: Call, upstream: aiohttp.ClientResponse) -> web.StreamRespo
             call.jano.settle(call, status)
         # aiohttp's own timeout is for the backend; this one is for a client that does not read.
         cutoff = loop.call_later(patience, abort, call.request)
-        await response.write(chunk)
-        cutoff.cancel()
+        try:
+            await response.write(chunk)
+        finally:  # or the timer would keep the request, with its body, of a client that has left
+            cutoff.cancel()
         if not chunk:
             break
         chunk = b""
@@ -1418,7 +1425,8 @@ def parse_object(body: bytes) -> dict[str, Any]:
 
 LARGE = 2**20  # bytes of a JSON body that is looked through, instead of parsed
 BRACKET = re.compile(rb'["{}\[\]]')
-MEMBER = re.compile(rb'"(model|stream|service_tier)"\s*:\s*("(?:[^"\\]|\\.){0,999}"|\w+)')
+MEMBER = re.compile(
+    rb'"(model|stream|service_tier)"\s{0,99}:\s{0,99}("(?:[^"\\]|\\.){0,999}"|\w{1,99})')
 
 
 async def members(body: bytes) -> dict[bytes, re.Match[bytes]]:
@@ -1433,7 +1441,7 @@ async def members(body: bytes) -> dict[bytes, re.Match[bytes]]:
         if quoted:  # on to the next quote; it ends the text unless it is escaped
             if (end := body.find(b'"', at)) < 0:
                 break
-            piece, at = body[at:end], end + 1
+            piece, at = body[max(at, end - 2**16) : end], end + 1
             quoted = (len(piece) - len(piece.rstrip(b"\\"))) % 2 == 1
         elif token := BRACKET.search(body, at, at + 1024):
             at, quoted = token.end(), token[0] == b'"'

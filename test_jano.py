@@ -736,6 +736,14 @@ async def test_drain_called_off_costs_nothing(tmp_path: Path, chat: Backend, cod
         assert calls(tmp_path) == ["code", "chat", "code"]  # chat came before the second code
 
 
+async def test_name_that_the_locale_cannot_spell_fails_alone(
+        tmp_path: Path, chat: Backend) -> None:
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    models = [entry(chat), entry(chat, name="모델")]
+    async with running_jano(tmp_path, models, **ascii_only) as jano_:
+        assert [(await jano_.ask(name))[0] for name in ("모델", "chat")] == [503, 200]
+
+
 async def test_start_finds_what_is_loaded(tmp_path: Path, chat: Backend, code: Backend) -> None:
     """By `status`, whole names; else by the health of those that it does not deny, in file order,
     if no two share an address."""
@@ -1032,6 +1040,20 @@ async def test_client_that_does_not_read_holds_the_backend_back_and_is_cut_off(r
         await raw.jano.logged("served", id="1", status=499, aborted=True)
 
 
+async def test_client_that_leaves_without_reading_leaves_no_body_behind(raw: Raw) -> None:
+    raw.reply, before = OLD + b"\r\n" + HELD, raw.jano.memory("VmRSS")
+    for _ in range(4):
+        body = b'{"model":"chat","x":"%b"}' % (b"x" * 2**25)  # what is so large goes back at once
+        async with connected(raw.jano, post_bytes(body)):
+            backend = await event(raw.talks.get())
+            with pytest.raises((asyncio.TimeoutError, ConnectionError)):
+                while True:
+                    backend.write(bytes(2**18))
+                    await asyncio.wait_for(backend.drain(), 0.2)
+        await raw.jano.all_over()
+    assert raw.jano.memory("VmRSS") < before + 40_000
+
+
 @pytest.fixture
 def many_files() -> Iterator[Callable[[], None]]:
     """Call it to open many files. What was started before has a Mac's limit, 256."""
@@ -1199,7 +1221,8 @@ AT_FIRST = [(b"", reply) for reply in (  # what is in s3cret, nobody shall quote
     OK + b"X: " + b"s3" * 9999 + b"\r\n\r\n", OK + b"Content-Length: 1\r\n" * 2 + b"\r\ns3",
     b"HTTP/1.1 101 s3\r\nConnection: upgrade\r\nUpgrade: s3\r\n\r\n")]
 AMID = [(SIZED, b""), (SIZED, b"half"), (SIZED, RESET), (IN_CHUNKS, b"4\r\nhalf\r\n"),
-        (IN_CHUNKS, b"9\r\nhalf"), (IN_CHUNKS, RESET), (IN_CHUNKS, b"4\r\nhalf\r\n" + HELD)]
+        (IN_CHUNKS, b"9\r\nhalf"), (IN_CHUNKS, RESET), (IN_CHUNKS, b"4\r\nhalf\r\n" + HELD),
+        (OLD + b"\r\n", b"half" + RESET)]
 
 
 @pytest.mark.parametrize("raw", [{"REQUEST_TIMEOUT_MS": 500}], indirect=True)
@@ -1925,6 +1948,20 @@ async def test_sighup_loses_no_ticket(tmp_path: Path, chat: Backend, code: Backe
         chat.release.set()
         assert await statuses(asks) == [200] * 5
         assert calls(tmp_path) == ["code", "new"]  # chat was not loaded anew
+
+
+async def test_queued_request_goes_where_a_reload_has_moved_its_model(
+        tmp_path: Path, chat: Backend, code: Backend) -> None:
+    chat.answer = chat.held
+    before = entry(code) | {"url": "http://127.0.0.1:1"}
+    async with running_jano(tmp_path, [entry(chat), before]) as jano_:
+        asks = await jano_.queued("chat", "code")
+        write_models(tmp_path, [entry(chat), entry(code)])
+        jano_.process.send_signal(signal.SIGHUP)
+        await jano_.logged("models reloaded")
+        chat.release.set()
+        assert await statuses(asks) == [200, 200]
+        assert calls(tmp_path) == ["code"]
 
 
 async def test_sighup_counts_at_once_whatever_its_models_are_doing(
