@@ -738,7 +738,7 @@ async def test_drain_called_off_costs_nothing(tmp_path: Path, chat: Backend, cod
 
 async def test_name_that_the_locale_cannot_spell_fails_alone(
         tmp_path: Path, chat: Backend) -> None:
-    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    ascii_only: dict[str, Any] = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     models = [entry(chat), entry(chat, name="모델")]
     async with running_jano(tmp_path, models, **ascii_only) as jano_:
         assert [(await jano_.ask(name))[0] for name in ("모델", "chat")] == [503, 200]
