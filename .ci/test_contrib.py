@@ -233,7 +233,7 @@ async def test_docker_services_take_turns_in_running(tmp_path: Path) -> None:
         await backend.start()
     models = [entry(backend) for backend in backends]
     async with running_jano(tmp_path, models, script, PATH=path, LINGER_MS=0) as jano:
-        for model in ("chat", "code", "chat", "chat", "code"):  # all were asleep
+        for model in ("code", "chat", "chat", "code"):
             assert (await jano.ask(model))[0] == 200
             assert {file.name for file in (tmp_path / "running").iterdir()} == {"db", model}
         assert await output(script, "status", PATH=path) == (0, "code: loaded\n")
