@@ -76,21 +76,12 @@ ANSWER = json.dumps({
     "usage": {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12}}).encode()
 ONE_SHOT = (b"HTTP/1.1 200 OK\r\nKeep-Alive: timeout=5, max=100\r\n"  # as llama-server does
             b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(ANSWER) + ANSWER)
-STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
-class Backend(asyncio.Protocol):
+class Backend(tools.Backend):
     """Answers at once; a stream has as many chunks, and pauses, as its request says."""
 
-    def connection_made(self, transport: Any) -> None:
-        self.transport, self.data, self.may_write = transport, b"", asyncio.Event()
-        self.may_write.set()
-
-    def pause_writing(self) -> None:
-        self.may_write.clear()
-
-    def resume_writing(self) -> None:
-        self.may_write.set()
+    data = b""  # of a request, so far
 
     def data_received(self, data: bytes) -> None:
         self.data += data
@@ -105,19 +96,13 @@ class Backend(asyncio.Protocol):
         self.streaming = asyncio.ensure_future(self.stream(**json.loads(rest)))
 
     async def stream(self, chunks: int, pause: float = 0, **more: Any) -> None:
-        self.transport.write(STREAM)
+        self.transport.write(tools.STREAM)
         for _ in range(chunks):
             delta = {"choices": [{"index": 0, "delta": {"content": " word"}}]}
             line = f'data: {{"at": {time.monotonic():.6f}, {json.dumps(delta)[1:]}\n\n'
             self.transport.write(b"%x\r\n%b\r\n" % (len(line), line.encode()))
             await (asyncio.sleep(pause) if pause else self.may_write.wait())
         self.transport.write(b"0\r\n\r\n")
-
-
-async def backend(port: int) -> None:
-    server = await asyncio.get_running_loop().create_server(
-        Backend, "127.0.0.1", port, backlog=1024)
-    await server.serve_forever()
 
 
 HOP_BY_HOP = {"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "host"}
@@ -267,7 +252,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.serve:
         port, *url = options.serve
-        run_minimal(int(port), *url) if url else asyncio.run(backend(int(port)))
+        run_minimal(int(port), *url) if url else asyncio.run(Backend.serve(int(port)))
         return 0
     quick = options.quick
     with Bench() as bench:

@@ -17,32 +17,21 @@ import sys
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import tools
 from tools import Bench, Client, Figure, cpu_seconds, free_ports, post, rss_mb, table, verdict
 
 from jano import Schedule, Ticket, decide
 
 STATUS = b"GET /status HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
-HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 # --------------------------------------------------------------------------------- backend ----
 
 
-class Backend(asyncio.Protocol):
+class Backend(tools.Backend):
     """Answers /health at once, /stream with so many MB in chunks of 64 kB, anything else never."""
-
-    def connection_made(self, transport: Any) -> None:
-        self.transport, self.may_write = transport, asyncio.Event()
-        self.may_write.set()
-
-    def pause_writing(self) -> None:
-        self.may_write.clear()
-
-    def resume_writing(self) -> None:
-        self.may_write.set()
 
     def data_received(self, data: bytes) -> None:
         method, path = data.split(b" ", 2)[:2]
@@ -52,16 +41,11 @@ class Backend(asyncio.Protocol):
             self.streaming = asyncio.ensure_future(self.stream(int(path[8:])))
 
     async def stream(self, megabytes: int) -> None:
-        self.transport.write(HEAD)
+        self.transport.write(tools.STREAM)
         for _ in range(megabytes * 16):
             await self.may_write.wait()
             self.transport.write(b"10000\r\n" + b"x" * 2**16 + b"\r\n")
         self.transport.write(b"0\r\n\r\n")
-
-
-async def backend(port: int) -> None:
-    server = await asyncio.get_running_loop().create_server(Backend, "127.0.0.1", port)
-    await server.serve_forever()
 
 # --------------------------------------------------------------------------- measurements ----
 
@@ -221,7 +205,7 @@ def main() -> int:
     parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)  # as the backend
     options = parser.parse_args()
     if options.serve:
-        asyncio.run(backend(options.serve))
+        asyncio.run(Backend.serve(options.serve))
     figures = []
     for measure in (decision, arrivals, slow_reader, idle):
         with Bench() as bench:

@@ -1,7 +1,9 @@
-"""What the measurements share: processes that end with them, a raw HTTP client, and tables."""
+"""What the measurements share: processes that end with them, a raw HTTP client and
+backend, and tables."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 JANO = Path(__file__).resolve().parent.parent / "jano.py"
+STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 Figure = tuple[str, float, str, float]  # what, measured, "<=" or ">=", limit
 
 
@@ -91,9 +94,11 @@ class Client:
     def connect(self) -> None:
         self.socket = socket.create_connection(("127.0.0.1", self.port), 600)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.ended = select.poll()  # as select itself knows no more than 1,024 files
+        self.ended.register(self.socket, select.POLLIN)
 
     def send(self, request: bytes) -> None:
-        if select.select([self.socket], [], [], 0)[0]:  # the end: Node closes after 5 idle seconds
+        if self.ended.poll(0):  # the end: Node closes after 5 idle seconds
             self.connect()
         self.socket.sendall(request)
 
@@ -127,6 +132,26 @@ class Client:
         if data := self.socket.recv(2**18):
             return data
         raise SystemExit("the connection was closed in the middle of an answer")
+
+
+class Backend(asyncio.Protocol):
+    """The other end: may_write is set as long as what is written goes out."""
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport, self.may_write = transport, asyncio.Event()
+        self.may_write.set()
+
+    def pause_writing(self) -> None:
+        self.may_write.clear()
+
+    def resume_writing(self) -> None:
+        self.may_write.set()
+
+    @classmethod
+    async def serve(cls, port: int) -> None:
+        server = await asyncio.get_running_loop().create_server(
+            cls, "127.0.0.1", port, backlog=1024)
+        await server.serve_forever()
 
 
 def post(path: str = "/v1/chat/completions", **fields: Any) -> bytes:
