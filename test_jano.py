@@ -95,20 +95,18 @@ class Backend:
         await self.runner.cleanup()
 
 
-@pytest.fixture
-async def chat() -> AsyncIterator[Backend]:
-    backend = Backend("chat")
-    await backend.start()
-    yield backend
-    await backend.stop()
+def fixture(name: str) -> Any:
+    @pytest.fixture(name=name)
+    async def backend() -> AsyncIterator[Backend]:
+        backend = Backend(name)
+        await backend.start()
+        yield backend
+        await backend.stop()
+
+    return backend
 
 
-@pytest.fixture
-async def code() -> AsyncIterator[Backend]:
-    backend = Backend("code")
-    await backend.start()
-    yield backend
-    await backend.stop()
+chat, code = fixture("chat"), fixture("code")
 
 
 def entry(backend: Backend, **keys: Any) -> dict[str, Any]:
