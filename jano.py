@@ -488,13 +488,22 @@ class Worker(Schedule):
             self.loaded = None
         self.leave(ticket)
 
+    def wake(self, ticket: Ticket, error: ApiError | None = None) -> None:
+        """Resolve its turn, or fail it."""
+        # subtle: a client that has just left has cancelled its future, and its handler has yet to
+        # run and leave; a bare set_result would kill the worker.
+        if ticket.turn and not ticket.turn.done():
+            if error:
+                ticket.turn.set_exception(error)
+            else:
+                ticket.turn.set_result(None)
+
     def fail_waiting(self, model: str | None, *error: Any) -> None:
         """No turn will come for the tickets of this model (None: of any)."""
         for ticket in [t for queue in self.tiers for tickets in queue.values() for t in tickets]:
             if model in (None, ticket.model):
                 self.remove(ticket, clock())
-                if ticket.turn and not ticket.turn.done():
-                    ticket.turn.set_exception(ApiError(*error))
+                self.wake(ticket, ApiError(*error))
 
     def close(self, *error: Any) -> None:
         """Take no ticket any more. A running script and the backends go on."""
@@ -541,10 +550,7 @@ class Worker(Schedule):
         while ticket := (decision := decide(self, now := clock())).serve:
             self.grant(ticket, now)
             ticket.swapping += self.swapped_so_far()
-            # subtle: a client that has just left has cancelled its future, and its handler has yet
-            # to run and leave; a bare set_result would kill the worker.
-            if ticket.turn and not ticket.turn.done():
-                ticket.turn.set_result(None)
+            self.wake(ticket)
         self.draining_since = (self.draining_since or now) if decision.swap_to else None
         return decision
 
@@ -1370,15 +1376,15 @@ async def read_call(jano: Jano, request: web.Request) -> Call:
     try:
         if request.content_type.startswith("multipart/"):
             name = await multipart_model(request, body)
+        elif len(body) < LARGE:
+            fields = parse_object(body)
         else:
-            if len(body) >= LARGE:
-                found = await members(body)
-            few = b"{%b}" % b",".join(member[0] for member in found.values())
-            fields = parse_object(body if len(body) < LARGE else few)
-            name = fields.get("model")
+            found = await members(body)
+            fields = parse_object(b"{%b}" % b",".join(m[0] for m in found.values()))
     except ApiError:
         if not hint:
             raise
+    name = fields.get("model", name)
     model = find_model(jano, hint if name is None else name, request.path)
     wanted = model.upstream_model if "model" in fields else ""
     if wanted and (member := (found or await members(body)).get(b"model")):
