@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = ["aiohttp>=3.14,<4"]
 # ///
 """Jano: one OpenAI-compatible front door for local models that do not fit in memory together.
@@ -8,22 +8,23 @@
     clients ──POST──▶ queue ──turn──▶ the loaded model's backend ──answer──▶ clients
                         └─ policy: time to change? ──▶ SWAP_COMMAND <model>, wait until ready
 
-The worker grants, the handler forwards. A request's handler puts a ticket in its group's queue,
-awaits its turn and forwards in its own coroutine. One worker a group decides whose turn it is, and
-alone changes what is loaded. So a client that hangs up cancels its own handler and nothing else.
+The worker grants, the handler forwards: a request's handler puts a ticket into its group's queue,
+awaits its turn and forwards. Each group has one worker, which alone changes what is loaded.
 
-model        an entry of models.json          turn         a ticket's permission to forward
-backend      the server behind a model        in flight    turns not yet finished
-loaded       the model that owns the memory   drain        admit nothing, await what is in flight
-group        models that share one memory     swap         drain, run the script, await readiness
-ticket       a request's place in the queue   passthrough  a resident model: no queue, no swap
+model        an entry of models.json           turn         a ticket's permission to forward
+backend      the server behind a model         in flight    turns not yet finished
+loaded       what owns the memory now          drain        admit nothing, await what is in flight
+group        models that share one memory      swap         drain, run the script, await readiness
+set          models that are loaded together   passthrough  a resident model: no queue, no swap
+ticket       a request's place in the queue
 
-The swap contract: `SWAP_COMMAND <model>` makes that backend the live one and exits 0; twice does no
-harm. Optional: `status` prints lines `<model>: loaded`, `unload` frees the memory. Its environment
-has JANO_PREVIOUS_MODEL (the outgoing model, empty if none is known) and JANO_GROUP.
+The swap contract: `SWAP_COMMAND <name>` makes that model or set the live one and exits 0; twice
+does no harm. Optional: `status` prints lines `<model>: loaded`, `unload` frees the memory. In its
+environment are JANO_PREVIOUS_MODEL (what is loaded, if anything), JANO_GROUP and, for a backend
+that seems to be up and does not answer, JANO_RESTART=1: stop it first.
 
-Reading order: config, picker and policy, worker, swap, forward, telemetry, HTTP handlers, app and
-main, page, demo. All times are seconds of `clock`, unless the name ends in _ms.
+Reading order: policy, worker, swap, forward, front door, config, telemetry, page, app and main. All
+times are seconds of `clock`, unless the name ends in _ms.
 """
 
 from __future__ import annotations
@@ -32,275 +33,57 @@ import argparse
 import asyncio
 import base64
 import contextlib
-import hashlib
+import functools
 import hmac
-import io
 import json
 import logging
 import math
 import os
 import re
+import select
 import shlex
 import shutil
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import traceback
-import warnings
 from bisect import bisect_left
-from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
-from dataclasses import dataclass, fields
-from datetime import datetime, timezone
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
+from dataclasses import KW_ONLY, dataclass, field, fields
+from datetime import datetime
+from email.utils import formatdate
+from hashlib import sha256
+from html import escape
 from itertools import accumulate, islice
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from time import monotonic as clock
-from typing import Any, NamedTuple, TextIO
-from urllib.parse import urlsplit
+from typing import IO, Any, NamedTuple, cast
+from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 import aiohttp
 from aiohttp import web
-from aiohttp.base_protocol import BaseProtocol
-from aiohttp.http_exceptions import ContentEncodingError, HttpProcessingError
-from aiohttp.typedefs import Handler
+from aiohttp.http import HttpProcessingError, HttpResponseParser, RawResponseMessage
+from aiohttp.http_exceptions import ContentEncodingError, LineTooLong
 
-__version__ = "1.0.0"
+if sys.platform == "win32":
+    sys.exit("jano: Windows lacks process groups and SIGHUP; run it in WSL")
 
-# ---------------------------------------------------------------------------------- config ----
+__version__ = "2.0.0"
 
-
-class ConfigError(Exception):
-    """The configuration's faults, one line each: where, what was found, what is expected."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The variables of the README's table, in lower case, with their defaults."""
-
-    swap_command: tuple[str, ...] = ()  # as an argv
-    models_file: str = "./models.json"
-    jano_host: str = "127.0.0.1"
-    jano_port: int = 8082
-    swap_wait_timeout_ms: int = 180_000
-    health_poll_interval_ms: int = 1000
-    request_timeout_ms: int = 600_000
-    max_turn_ms: int = 60_000
-    linger_ms: int = 5000
-    swap_failure_limit: int = 3
-    swap_failure_reset_ms: int = 300_000
-    max_queue: int = 1000
-    max_body_mb: int = 256
-    heartbeat_ms: int = 15_000
-    idle_unload_ms: int = 0
-    jano_api_key: str = ""
-    jano_cors_origins: str = ""
-    jano_allowed_hosts: str = ""
-    usage_records_max: int = 500
-    shutdown_timeout_ms: int = 30_000
-
-
-DEFAULTS = {field.name.upper(): field.default for field in fields(Settings)}
-MAY_BE_0 = {"JANO_PORT", "MAX_TURN_MS", "LINGER_MS", "SWAP_FAILURE_RESET_MS", "HEARTBEAT_MS",
-            "IDLE_UNLOAD_MS", "SHUTDOWN_TIMEOUT_MS"}
-
-
-@dataclass(frozen=True, eq=False)
-class Model:
-    """An entry of models.json; the fields are its keys."""
-
-    name: str
-    url: str  # of the backend, without a trailing "/" or "/v1"
-    aliases: Iterable[str] = ()
-    label: str = ""
-    group: str = "default"
-    slots: int = 1
-    passthrough: bool = False
-    endpoints: Iterable[str] = ()
-    upstream_model: str = ""
-    health: str = "/health"
-    metadata: Mapping[str, Any] | None = None
-
-
-def is_text(value: object) -> bool:
-    """Not empty, no control character, no half surrogate: fit to be a script's argument."""
-    return isinstance(value, str) and bool(re.fullmatch(r"[^\0-\x1f\x7f\ud800-\udfff]+", value))
-
-
-def is_texts(value: object) -> bool:
-    return isinstance(value, list) and all(map(is_text, value))
-
-
-def is_url(value: object) -> bool:
-    try:
-        return (isinstance(value, str) and bool(re.fullmatch(r"https?://[^\s?#@\\]+", value))
-                and urlsplit(value).port != 0 and bool(urlsplit(value).hostname))
-    except ValueError:  # a port out of range, half an IPv6 address
-        return False
-
-
-KEYS: dict[str, tuple[Callable[[Any], object], str]] = {  # of an entry: the test, what is expected
-    "name": (lambda v: is_text(v) and v.casefold() not in ("status", "unload"),
-             "a text other than 'status' and 'unload'"),
-    "url": (is_url, "an http or https address such as http://127.0.0.1:8081"),
-    "aliases": (is_texts, "a list of texts"),
-    "label": (is_text, "a text"),
-    "group": (is_text, "a text"),
-    "slots": (lambda v: type(v) is int and v >= 1, "a whole number of at least 1"),
-    "passthrough": (lambda v: isinstance(v, bool), "true or false"),
-    "endpoints": (is_texts, 'a list of routes such as "audio/transcriptions"'),
-    "upstream_model": (is_text, "a text"),
-    "health": (lambda v: is_text(v) and re.fullmatch(r"/[^\s#]*", v), "a path such as /health"),
-    "metadata": (lambda v: isinstance(v, dict), "an object"),
-}
-LOOPBACK = {"localhost", "127.0.0.1", "::1"}
-LOCAL = {*LOOPBACK, "0.0.0.0", "::"}
-
-
-def load_settings(environ: Mapping[str, str], directory: Path) -> Settings:
-    """From environ, else directory/.env, else the defaults; empty means unset. Or ConfigError."""
-    faults: list[str] = []
-    values: dict[str, Any] = {}
-    dotenv = read_dotenv(directory / ".env", faults)
-    for name, default in DEFAULTS.items():
-        where = "environment" if environ.get(name) else ".env"
-        found = environ.get(name) or dotenv.get(name, "")
-        least, most = int(name not in MAY_BE_0), 65535 if name == "JANO_PORT" else 10**9
-        if name == "SWAP_COMMAND":
-            values[name] = find_command(found, directory, faults)
-        elif not found or isinstance(default, str):
-            values[name] = found or default
-        elif re.fullmatch("[0-9]{1,10}", found) and least <= int(found) <= most:
-            values[name] = int(found)
-        else:
-            faults.append(f"{where}: {name}: found {shown(found)}, expected a whole number from"
-                          f" {least} to {most}")
-    faults += [f"JANO_CORS_ORIGINS: found {shown(origin)}, expected * or origins such as"
-               " https://example.org" for origin in words(values["JANO_CORS_ORIGINS"])
-               if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+", origin)]
-    values["MODELS_FILE"] = str(directory / os.path.expanduser(values["MODELS_FILE"]))
-    settings = Settings(**{name.lower(): value for name, value in values.items()})
-    if faults:
-        try:  # one start shows all faults, those of the models, too
-            load_models(settings)
-        except ConfigError as error:
-            faults.append(str(error))
-        raise ConfigError("\n".join(faults))
-    return settings
-
-
-def read_dotenv(path: Path, faults: list[str]) -> dict[str, str]:
-    """Its KEY=value lines; quotes around a value, and `export` before a key, are dropped."""
-    values: dict[str, str] = {}
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines() if path.exists() else []
-    except (OSError, ValueError) as error:
-        faults.append(f".env: found what cannot be read ({why(error)}), expected KEY=value lines")
-        return values
-    for number, line in enumerate(map(str.strip, lines), 1):
-        name, equals, value = map(str.strip, line.removeprefix("export ").partition("="))
-        if not line or line.startswith("#"):
-            continue
-        if not equals or name not in DEFAULTS:
-            faults.append(f".env: line {number}: found {shown(name)}, expected KEY=value with a KEY"
-                          f" out of {', '.join(DEFAULTS)}")
-        quoted = re.fullmatch(r"""(["'])(.*?)\1(\s+#.*)?""", value)
-        values[name] = quoted[2] if quoted else re.sub(r"(^|\s+)#.*", "", value)
-    return values
-
-
-def find_command(command: str, directory: Path, faults: list[str]) -> tuple[str, ...]:
-    """SWAP_COMMAND's argv: the path of a script (spaces and ~ allowed), or a command line."""
-    argv, fault = [command], "which is no file"
-    if not os.path.isfile(directory / os.path.expanduser(command)):
-        try:
-            argv = shlex.split(command) or [""]
-        except ValueError as error:
-            fault = str(error)
-    path = str(directory / os.path.expanduser(argv[0]))
-    argv[0] = path if os.path.isfile(path) else shutil.which(argv[0]) or ""
-    if not os.access(argv[0], os.X_OK):
-        fault = "which is not executable: chmod +x" if argv[0] else fault
-        found = f"found {shown(command)} ({fault})" if command else "not set"
-        faults.append(f"SWAP_COMMAND: {found}, expected the path of your swap script")
-    return tuple(argv)
-
-
-def load_models(settings: Settings) -> list[Model]:
-    """The entries of MODELS_FILE, in its order. Raises ConfigError."""
-    file = settings.models_file
-    try:
-        registry = json.loads(Path(file).read_bytes(), parse_constant=int)  # refuses NaN
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{file}: found {why(error)}, expected a JSON file") from None
-    if not isinstance(registry, dict) or not isinstance(registry.get("models"), list):
-        raise ConfigError(f'{file}: found {shown(registry)}, expected {{"models": [ … ]}}')
-    faults = [f"{file}: found unknown key {shown(key)}, expected \"models\" alone"
-              for key in registry if key != "models"]
-    owners: dict[str, str] = {}  # a name or alias, without its case -> the entry that has it
-    models: list[Model] = []
-    for index, entry in enumerate(registry["models"]):
-        named = isinstance(entry, dict) and "name" in entry
-        where = f"{file}: models[{index}]" + (f" {shown(entry['name'])}" if named else "")
-        if wrong := [f"{where}: {fault}" for fault in check_entry(entry, settings)]:
-            faults += wrong
-            continue
-        for name in (entry["name"], *entry.get("aliases", ())):
-            other = owners.setdefault(name.casefold(), f"{where}: {name}")
-            if other != f"{where}: {name}":
-                faults.append(f"{where}: found the name {shown(name)}, expected one that differs by"
-                              f" more than case from {other}")
-        url = entry["url"].rstrip("/").removesuffix("/v1").rstrip("/")
-        models.append(Model(**{**entry, "url": url}))
-    if not faults and all(model.passthrough for model in models):
-        faults.append(f"{file}: models: found {len(models)} entries and none to swap, expected at"
-                      " least one that is not passthrough")
-    if faults:
-        raise ConfigError("\n".join(faults))
-    return models
-
-
-def check_entry(entry: object, settings: Settings) -> list[str]:
-    """The faults of one entry, each with its key."""
-    if not isinstance(entry, dict):
-        return [f"found {shown(entry)}, expected an object"]
-    faults = [f"{key}: missing, expected {KEYS[key][1]}" for key in ("name", "url")
-              if key not in entry]
-    for key, value in entry.items():
-        if key not in KEYS:
-            faults.append(f"found unknown key {shown(key)}, expected one of {', '.join(KEYS)}")
-        elif not KEYS[key][0](value):
-            faults.append(f"{key}: found {shown(value)}, expected {KEYS[key][1]}")
-        elif key == "url":
-            parts = urlsplit(value)
-            own = LOCAL if settings.jano_host.lower() in LOCAL else {settings.jano_host.lower()}
-            port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-            if parts.hostname in own and port == settings.jano_port:
-                faults.append(f"url: found {shown(value)}, jano itself, expected a backend")
-    return faults
-
-
-def words(text: str) -> set[str]:
-    """The parts of a comma-separated setting, in lower case."""
-    return {part.strip().lower() for part in text.split(",")} - {""}
-
-
-def shown(value: object) -> str:
-    """A value as JSON, cut to what fits into a line."""
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:80] + "…"
-
-
-def why(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
-
-# ----------------------------------------------------------------------- picker and policy ----
+# -------------------------------------------------------------------------------- policy ----
 
 PRIORITY, DEFAULT, FLEX = range(3)  # tiers, by the request's service_tier; the lowest goes first
+
+MEMORY = 60.0  # seconds for which a set keeps its place at most after its last waiter has left
+ANTICIPATION = 0.5  # seconds for which a new request for another set may find an idle set stay
+PATIENCE = 8.0  # times the longest wait in its last turn, a set lets another's turn last
 
 
 @dataclass(eq=False)
@@ -310,85 +93,18 @@ class Ticket:
     model: str
     arrived: float
     tier: int = DEFAULT
-    id: str = ""
-    turn: asyncio.Future[None] | None = None  # resolves when granted, fails when it never will be
     granted: float | None = None
+    turn: asyncio.Future[None] | None = None  # what its handler awaits while it is in the queue
     swapping: float = 0.0  # seconds of its wait that went into swaps
+    id: str = ""  # in the log, and x-request-id
 
 
-Queue = dict[str, "OrderedDict[Ticket, None]"]  # model -> its tickets, oldest first, never none
-
-
-def take_next(queue: Queue, loaded: str | None) -> Ticket | None:
-    """The oldest ticket for the loaded model, else the oldest ticket of all, else None."""
-    if loaded in queue:
-        return next(iter(queue[loaded]))
-    return min(map(next, map(iter, queue.values())), key=lambda t: t.arrived, default=None)
-
-
-class Schedule:
-    """What the policy looks at, for one group. No I/O, no asyncio; the clock is passed in."""
-
-    def __init__(self, turn: float, linger: float) -> None:
-        self.turn, self.linger = turn, linger  # MAX_TURN_MS and LINGER_MS, in seconds
-        self.slots: dict[str, int] = {}  # model -> how many of its tickets may be in flight
-        self.tiers: tuple[Queue, Queue, Queue] = ({}, {}, {})
-        self.in_flight: set[Ticket] = set()
-        self.loaded: str | None = None
-        self.loaded_at = 0.0
-        self.left: dict[str, float] = {}  # model -> when it was last unloaded
-        self.cost: dict[str, float] = {}  # model -> average seconds from "admit no more" to ready
-        self.idle_since: dict[str, float] = {}  # model -> since when nothing of it waits or runs
-        self.gaps: dict[str, deque[float]] = {}  # model -> its last two idle times that ended
-
-    def depth(self, model: str | None = None) -> int:
-        """How many tickets wait: of one model, or of all."""
-        return sum(len(tickets) for queue in self.tiers
-                   for tickets in (queue.values() if model is None else [queue.get(model, ())]))
-
-    def add(self, ticket: Ticket) -> None:
-        """A ticket arrives; one that had its turn already comes back in front."""
-        if ticket.model in self.idle_since:
-            gap = ticket.arrived - self.idle_since.pop(ticket.model)
-            if ticket.granted is None:
-                self.gaps.setdefault(ticket.model, deque(maxlen=2)).append(gap)
-        tickets = self.tiers[ticket.tier].setdefault(ticket.model, OrderedDict())
-        tickets[ticket] = None
-        tickets.move_to_end(ticket, last=ticket.granted is None)
-
-    def grant(self, ticket: Ticket, now: float) -> None:
-        self._dequeue(ticket)
-        self.in_flight.add(ticket)
-        ticket.granted = now
-
-    def remove(self, ticket: Ticket, now: float) -> None:
-        """A turn is over, or a ticket leaves the queue; once more does no harm."""
-        self.in_flight.discard(ticket)
-        self._dequeue(ticket)
-        self._note_idle(ticket.model, now)
-
-    def unload(self, now: float) -> None:
-        if self.loaded is not None:
-            self.left[self.loaded] = now
-        self.loaded = None
-
-    def load(self, model: str, now: float, cost: float | None = None) -> None:
-        """model is ready, after cost seconds (None: nobody measured)."""
-        self.loaded, self.loaded_at = model, now
-        if cost is not None:
-            self.cost[model] = (self.cost.get(model, cost) + cost) / 2
-        self._note_idle(model, now)
-
-    def _dequeue(self, ticket: Ticket) -> None:
-        queue = self.tiers[ticket.tier]
-        if ticket in queue.get(ticket.model, ()):
-            del queue[ticket.model][ticket]
-            if not queue[ticket.model]:
-                del queue[ticket.model]
-
-    def _note_idle(self, model: str, now: float) -> None:
-        if not self.depth(model) and all(ticket.model != model for ticket in self.in_flight):
-            self.idle_since.setdefault(model, now)
+def take_next(queue: list[Ticket], loaded: Collection[str]) -> Ticket | None:
+    """The oldest ticket for a loaded model, else the oldest of all, else None."""
+    for ticket in queue:
+        if ticket.model in loaded:
+            return ticket
+    return queue[0] if queue else None
 
 
 class Decision(NamedTuple):
@@ -399,306 +115,663 @@ class Decision(NamedTuple):
     until: float | None = None
 
 
-def decide(state: Schedule, now: float) -> Decision:
-    """Greedy, but never unfair and never thrashing. A pure function of state and clock."""
-    queue: Queue = next((queue for queue in state.tiers if queue), {})  # greed works within a tier
-    loaded, cost, left = state.loaded or "", state.cost, state.left
-    ticket = take_next(queue, loaded)
-    serve = ticket if len(state.in_flight) < state.slots.get(loaded, 1) else None
-    heads = [next(iter(queue[model])) for model in queue if model != loaded]
-    if not heads:
-        return Decision(serve)
-    # Next is the model that has waited longest, and none waits while it is loaded: so long queues
-    # take turns, instead of the longest coming back each time.
-    head = min(heads, key=lambda t: max(t.arrived, left.get(t.model, -math.inf)))
-    trip = cost.get(loaded, 0.0) + cost.get(head.model, 0.0)  # there and back
-    held_from = max(state.loaded_at, head.arrived)  # the clock runs only while somebody waits
-    if not state.turn:  # plain greed, no ceiling
-        head, held_from = min(heads, key=lambda t: t.arrived), math.inf
-    if now < held_from + state.turn + 2 * trip:  # the loaded model keeps its turn
-        if loaded in queue:
-            return Decision(serve)
-        if queue is state.tiers[PRIORITY]:
-            return Decision(swap_to=head.model)
-        if state.in_flight:
-            return Decision()
-        # Linger: a client whose pauses are short is back before a round trip would be over.
-        if state.turn and min(state.gaps.get(loaded, ()), default=math.inf) <= state.linger:
-            until = min(state.idle_since.get(loaded, 0) + state.linger, held_from + trip)
-            if now < until:
-                return Decision(until=until)
-    return Decision(swap_to=head.model)
-
-# --------------------------------------------------------------------------------- worker ----
+NOTHING = Decision()
 
 
-class Worker(Schedule):
-    """One group's owner: grants turns, and alone changes what is loaded.
+class Schedule:
+    """What the policy looks at, for one group of models. No I/O; the clock is passed in.
 
-    Handlers enqueue and leave between two awaits, and so does a reload of models.json take over:
-    nobody ever sees a half changed state. A swap ends with the Model that it began with. The lock
-    is held while SWAP_COMMAND runs: two at once would fight for the memory.
+    Sets are loaded, wait and take turns; a model without one is a set of its own, of its name.
+    Queues and slots belong to models. All times are seconds.
     """
 
-    def __init__(self, group: str, jano: Jano) -> None:
-        self.group, self.jano, self.settings = group, jano, jano.settings
-        super().__init__(self.settings.max_turn_ms / 1000, self.settings.linger_ms / 1000)
-        self.models: dict[str, Model] = {}
-        self.lock = asyncio.Lock()
-        self.changed = asyncio.Event()  # something that a decision depends on
-        self.closed: tuple[Any, ...] = ()  # why it takes no ticket any more, for ApiError
-        self.swapping: str | None = None
-        self.swap_started = 0.0
-        self.swap_seconds = 0.0  # spent in swaps so far
-        self.draining_since: float | None = None  # since when nobody is admitted, for a swap
-        self.failures: dict[str, tuple[int, float]] = {}  # model -> failed swaps in a row, the last
-        self.task = asyncio.create_task(self.run())
-        self.task.add_done_callback(self.died)
+    def __init__(self, turn: float, linger: float) -> None:
+        self.turn = turn  # MAX_TURN_MS; 0 is plain greed
+        self.linger = linger  # LINGER_MS
+        self.slots: dict[str, int] = {}  # model -> how many of its tickets may be in flight
+        self.set_of: dict[str, str] = {}  # model -> its set
+        # Tier and model -> its tickets, oldest first; nothing for who has none.
+        self.queues: dict[tuple[int, str], OrderedDict[Ticket, None]] = {}
+        self.in_flight: set[Ticket] = set()
+        self.loaded: str | None = None  # the set that owns the memory
+        self.loaded_at = 0.0
+        self.queued = 0.0  # since loaded_at, the longest wait of a ticket of the loaded set
+        self.cost: dict[
+            str, float
+        ] = {}  # set -> seconds from "admit no more" to ready; the last one counts half
+        self.waiting_since: dict[str, float] = {}  # set that is not loaded -> when its wait began
+        self.forget_at: dict[str, float] = {}  # set that nobody waits for -> when its wait ends
+        self.patient_until: dict[
+            str, float
+        ] = {}  # set -> when its patience with another's turn ends
+        self.idle_since: dict[str, float] = {}  # set -> since when nothing of it waits or runs
+        self.gaps: dict[str, deque[float]] = {}  # set -> its last two idle times that ended
+        self.decision = NOTHING  # what remains to be done
+        self.draining_since: float | None = None  # when admission stopped, for the swap that is due
 
-    def enqueue(self, ticket: Ticket) -> asyncio.Future[None]:
-        """Queue a ticket; what comes back resolves with its turn, or fails with ApiError."""
-        if self.closed:
-            raise ApiError(*self.closed)
-        fails, last = self.failures.get(ticket.model, (0, 0.0))
-        if fails >= self.settings.swap_failure_limit:
-            retry_in = math.ceil(last + self.settings.swap_failure_reset_ms / 1000 - clock())
-            if retry_in > 0:
-                log("warn", "failing fast: backend marked bad", id=ticket.id, model=ticket.model,
-                    fails=fails)
-                text = f"{fails} consecutive swap failures; retry in {retry_in} s"
-                text = f'backend "{ticket.model}" is unavailable ({text})'
-                raise ApiError(503, text, "backend_unavailable", retry_in)
-            del self.failures[ticket.model]
-        if ticket.granted is None:
-            self.jano.telemetry.arrived(self, ticket.model)
-        ticket.turn = asyncio.get_running_loop().create_future()
-        ticket.swapping -= self.swapped_so_far()  # its grant adds that of then
-        self.add(ticket)
-        self.advance()
-        return ticket.turn
+    def arrive(self, ticket: Ticket, now: float) -> None:
+        """A ticket comes. One that was granted a turn already, in vain, goes to the front."""
+        name = self.name_of(ticket.model)
+        if name in self.idle_since:
+            gap = now - self.idle_since.pop(name)
+            if ticket.granted is None:
+                self.gaps.setdefault(name, deque(maxlen=2)).append(gap)
+        # An ordered set, which any ticket can leave quickly.
+        queue = self.queues.setdefault((ticket.tier, ticket.model), OrderedDict())
+        queue[ticket] = None
+        queue.move_to_end(ticket, last=ticket.granted is None)
+        if now > self.forget_at.pop(name, math.inf):
+            del self.waiting_since[name]
+        if name != self.loaded:
+            self.waiting_since.setdefault(name, now)
 
-    def leave(self, ticket: Ticket) -> None:
-        """The turn is over, or the client has left the queue."""
-        self.remove(ticket, clock())
-        self.advance()
-
-    def lost(self, ticket: Ticket) -> None:
-        """The backend refused the connection, so its model is not loaded, whatever we thought."""
-        if self.loaded == ticket.model:
-            self.loaded = None
-        self.leave(ticket)
-
-    def wake(self, ticket: Ticket, error: ApiError | None = None) -> None:
-        """Resolve its turn, or fail it."""
-        # subtle: a client that has just left has cancelled its future, and its handler has yet to
-        # run and leave; a bare set_result would kill the worker.
-        if ticket.turn and not ticket.turn.done():
-            if error:
-                ticket.turn.set_exception(error)
-            else:
-                ticket.turn.set_result(None)
-
-    def fail_waiting(self, model: str | None, *error: Any) -> None:
-        """No turn will come for the tickets of this model (None: of any)."""
-        for ticket in [t for queue in self.tiers for tickets in queue.values() for t in tickets]:
-            if model in (None, ticket.model):
-                self.remove(ticket, clock())
-                self.wake(ticket, ApiError(*error))
-
-    def close(self, *error: Any) -> None:
-        """Take no ticket any more. A running script and the backends go on."""
-        self.closed = error
-        self.task.cancel()
-        self.fail_waiting(None, *error)
-
-    def died(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled():
-            log("error", "worker died", group=self.group, error=kind_of(task.exception()))
-            self.close(503, "jano has lost its worker; its log says why", "worker_died")
-
-    def swapped_so_far(self) -> float:
-        return self.swap_seconds + (clock() - self.swap_started if self.swapping else 0.0)
-
-    def advance(self) -> None:
-        """After a change: grant what can be granted, and leave the rest to run()."""
-        if self.admit() != Decision() or self.settings.idle_unload_ms:
-            self.changed.set()
-
-    async def run(self) -> None:
-        """Decide, act, wait for a change; for ever."""
-        async with self.lock:
-            loaded = await self.detect()
-        if loaded:
-            self.load(loaded, clock())
-            self.jano.telemetry.detected(self, loaded)
-        log("info", "worker started", group=self.group, loaded=loaded)
-        while True:
-            self.changed.clear()
-            _, swap_to, until = self.admit()
-            idle_until = self.unload_at()
-            if swap_to and not self.in_flight:
-                async with self.lock:
-                    await self.swap(self.models[swap_to])
-            elif idle_until is not None and clock() >= idle_until:
-                async with self.lock:
-                    await self.unload_idle()
-            else:
-                await self.wait_for_change(until or idle_until)
-
-    def admit(self) -> Decision:
-        """Grant all the turns that there are now; what remains to be done."""
-        while ticket := (decision := decide(self, now := clock())).serve:
-            self.grant(ticket, now)
-            ticket.swapping += self.swapped_so_far()
-            self.wake(ticket)
-        self.draining_since = (self.draining_since or now) if decision.swap_to else None
-        return decision
-
-    async def wait_for_change(self, until: float | None) -> None:
-        delay = 1e6 if until is None else until - clock()
-        timer = asyncio.get_running_loop().call_later(delay, self.changed.set)
-        await self.changed.wait()
-        timer.cancel()
-
-    def unload_at(self) -> float | None:
-        """When the loaded model will have been idle for IDLE_UNLOAD_MS, if it stays so."""
-        since = self.idle_since.get(self.loaded or "")
-        if not self.settings.idle_unload_ms or since is None or self.depth():
-            return None
-        return max(since, self.loaded_at) + self.settings.idle_unload_ms / 1000
-
-    # ------------------------------------------------------------------------------ swap ----
-
-    async def swap(self, model: Model) -> None:
-        """Make model the loaded one; where that fails, so do the tickets that wait for it."""
-        previous, draining_since, failed = self.loaded, self.draining_since or clock(), None
-        # From here on nobody may be sent to the old model, nor to a half-started new one.
-        self.unload(clock())
-        self.swapping, self.swap_started = model.name, clock()
-        log("info", "swap requested", model=model.name, previous=previous)
-        try:
-            await self.bring_up(model, previous or "")
-        except SwapFailed as error:
-            failed = error
-        finally:
-            seconds = clock() - self.swap_started
-            self.swap_seconds += seconds
-            self.swapping = self.draining_since = None
-        took = {"model": model.name, "ms": ms(seconds)}
-        if failed and not failed.reason:
-            log("info", "swap abandoned: nobody waits for it", **took)
-            return
-        self.jano.telemetry.swapped(previous, model.name, seconds, failed is None)
-        if failed:
-            fails = self.failures.get(model.name, (0, 0.0))[0] + 1
-            self.failures[model.name] = (fails, clock())
-            log("error", "swap failed", **took, fails=fails, err=failed.reason, **failed.details)
-            text = f'swap to "{model.name}" failed: {failed.reason}'
-            self.fail_waiting(model.name, 503, text, "swap_failed")
+    def leave(self, ticket: Ticket, now: float) -> None:
+        """Its turn is over, or its client has left the queue; twice does no harm."""
+        if ticket in self.in_flight:
+            self.in_flight.remove(ticket)
         else:
-            self.failures.pop(model.name, None)
-            self.load(model.name, clock(), clock() - draining_since)
-            log("info", "swap ready", **took)
+            self._dequeue(ticket)
+        name = self.name_of(ticket.model)
+        if name in self.waiting_since and not self.depth(name):
+            lasted = now - self.waiting_since[name]
+            self.forget_at.setdefault(name, now + min(lasted, MEMORY))
+        self._note_idle(name, now)
 
-    async def bring_up(self, model: Model, previous: str) -> None:
-        """Script and readiness, under one deadline. Raises SwapFailed; no reason: abandoned."""
-        timeout = self.settings.swap_wait_timeout_ms / 1000
-        with Script(self, model.name, previous) as script:
-            ready = asyncio.create_task(self.wait_until_ready(model, script))
-            ready.add_done_callback(lambda _: self.changed.set())
-            try:
-                while not ready.done():
-                    if self.depth() and not self.depth(model.name):
-                        raise SwapFailed("")
-                    if clock() >= self.swap_started + timeout:
-                        what = "the backend is not ready" if script.done() else "the script runs on"
-                        raise SwapFailed(f"{what} after {timeout:g} s", stderr=script.last_line())
-                    self.changed.clear()
-                    await self.wait_for_change(self.swap_started + timeout)
-                ready.result()
-            except SwapFailed:
-                ready.cancel()
-                await script.stop()
-                raise
-            finally:  # when jano stops, too, and then the script goes on alone
-                ready.cancel()
+    def unload(self, now: float) -> None:
+        """Nothing is loaded any more: a swap begins, the memory is freed, a backend has died."""
+        if self.loaded is None:
+            return
+        others = [ticket for ticket in self.heads() if self.name_of(ticket.model) != self.loaded]
+        awaited = now - min(map(self.waits_since, others), default=now)
+        self.patient_until[self.loaded] = now + PATIENCE * min(awaited, self.queued)
+        if self.depth(self.loaded):
+            self.waiting_since[self.loaded] = now
+        self.loaded = None
 
-    async def wait_until_ready(self, model: Model, script: Script) -> None:
-        if code := await script.wait():
-            how = f"exited with code {code}" if code > 0 else f"was killed by signal {-code}"
-            raise SwapFailed(f"the script {how}", stderr=script.last_line())
-        longest, begin = self.settings.health_poll_interval_ms / 1000, clock()
-        while not await self.probe(model):
-            await asyncio.sleep(min(longest, max(0.02, 0.06 * (clock() - begin))))
+    def load(self, name: str, now: float, cost: float | None = None) -> None:
+        """This set is ready; cost is the time from "admit no more", None if nobody measured."""
+        self.loaded, self.loaded_at, self.queued = name, now, 0.0
+        self.waiting_since.pop(name, None)
+        self.forget_at.pop(name, None)
+        self.draining_since = None
+        if cost is not None:
+            self.cost[name] = (self.cost.get(name, cost) + cost) / 2
+        self._note_idle(name, now)
 
-    async def probe(self, model: Model) -> bool:
-        """Whether the backend says that it is ready: 2xx on its health path."""
-        get, limit = self.jano.session.get, aiohttp.ClientTimeout(total=2)
-        with contextlib.suppress(aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError):
-            for path in (model.health, "/v1/models"):  # Ollama has no /health
-                async with get(model.url + path, allow_redirects=False, timeout=limit) as answer:
-                    if answer.status != 404:
-                        return answer.status // 100 == 2
-        return False
+    def advance(self, now: float) -> list[Ticket]:
+        """Grant every turn that there is now; `decision` is what remains to be done."""
+        granted = []
+        while True:
+            self.decision = decide(self, now)
+            ticket = self.decision.serve
+            if ticket is None:
+                break
+            self._dequeue(ticket)
+            self.in_flight.add(ticket)
+            ticket.granted = now
+            self.queued = max(self.queued, now - max(ticket.arrived, self.loaded_at))
+            granted.append(ticket)
+        if self.decision.swap_to is None:
+            self.draining_since = None
+        elif self.draining_since is None or self.loaded is None:
+            self.draining_since = now
+        return granted
 
-    async def detect(self) -> str | None:
-        """What is loaded already, as `SWAP_COMMAND status` says, or else the backends' health."""
-        lines = {line.strip() for line in (await self.run_script("status", 5)).splitlines()}
-        models = list(self.models.values())  # as a reload may change them while we ask
-        for model in models:
-            if f"{model.name}: loaded" in lines:
-                return model.name
-        urls = Counter(model.url for model in models)
-        # Of two behind one address health cannot tell which, nor whether a vLLM sleeps.
-        denied = {line.rpartition(":")[0] for line in lines}
-        for model in models:
-            if urls[model.url] == 1 and model.name not in denied and await self.probe(model):
-                return model.name
-        return None
+    def name_of(self, model: str) -> str:
+        """What is loaded for it: its set, or else itself."""
+        return self.set_of.get(model, model)
 
-    async def unload_idle(self) -> None:
-        previous = self.loaded or ""
-        self.unload(clock())
-        self.jano.telemetry.last_arrived.pop(self.group, None)  # a naive proxy loads anew, too
-        log("info", "unload requested", model=previous)
-        limit = min(30, self.settings.swap_wait_timeout_ms / 1000)  # as whoever comes now waits
-        await self.run_script("unload", limit, previous)
+    def waiting(self, name: str | None = None) -> list[Ticket]:
+        """The tickets that wait: for one set, or all."""
+        tickets = [ticket for queue in self.queues.values() for ticket in queue]
+        return [ticket for ticket in tickets if name in (None, self.name_of(ticket.model))]
 
-    async def run_script(self, argument: str, timeout: float, previous: str = "") -> str:
-        """What the script prints, if it can be run."""
-        with contextlib.suppress(SwapFailed), Script(self, argument, previous) as script:
-            if code := await script.wait(timeout):
-                log("warn", f"{argument} failed", group=self.group, code=code,
-                    stderr=script.last_line())
-            return script.output()
-        return ""
+    def depth(self, name: str | None = None) -> int:
+        """How many they are."""
+        count = 0
+        for (_, model), queue in self.queues.items():
+            if name in (None, self.name_of(model)):
+                count += len(queue)
+        return count
+
+    def heads(self) -> list[Ticket]:
+        """The oldest ticket of each model that waits in the most urgent tier, oldest first."""
+        if len(self.queues) == 1:  # nearly always
+            [queue] = self.queues.values()
+            return [next(iter(queue))]
+        urgent = min((tier for tier, _ in self.queues), default=DEFAULT)
+        heads = [next(iter(queue)) for (tier, _), queue in self.queues.items() if tier == urgent]
+        heads.sort(key=lambda ticket: ticket.arrived)
+        return heads
+
+    def has_slot(self, ticket: Ticket) -> bool:
+        running = [other for other in self.in_flight if other.model == ticket.model]
+        return len(running) < self.slots[ticket.model]
+
+    def waits_since(self, ticket: Ticket) -> float:
+        """Since when its set waits to be loaded."""
+        return self.waiting_since.get(self.name_of(ticket.model), ticket.arrived)
+
+    def patience(self, ticket: Ticket) -> float:
+        """For how long its set lets the turn of another grow."""
+        since = self.waits_since(ticket)
+        return self.patient_until.get(self.name_of(ticket.model), since) - since
+
+    def trip(self, ticket: Ticket) -> float:
+        """Seconds of a swap to its set and one back."""
+        names = (self.loaded or "", self.name_of(ticket.model))
+        return sum(self.cost.get(name, 0.0) for name in names)
+
+    def _dequeue(self, ticket: Ticket) -> None:
+        queue = self.queues.get((ticket.tier, ticket.model), OrderedDict())
+        if ticket in queue:
+            del queue[ticket]
+            if not queue:
+                del self.queues[ticket.tier, ticket.model]
+
+    def _note_idle(self, name: str, now: float) -> None:
+        running = any(self.name_of(ticket.model) == name for ticket in self.in_flight)
+        if not running and not self.depth(name):
+            self.idle_since.setdefault(name, now)
+
+
+def decide(schedule: Schedule, now: float) -> Decision:
+    """Greedy within a turn, but never unfair and never thrashing. A pure function of both."""
+    if not schedule.queues:
+        return NOTHING
+    loaded, queue = schedule.loaded, schedule.heads()
+    own = [ticket for ticket in queue if schedule.name_of(ticket.model) == loaded]
+    others = [ticket for ticket in queue if schedule.name_of(ticket.model) != loaded]
+    ready = [ticket.model for ticket in own if schedule.has_slot(ticket)]
+    oldest = take_next(queue, ready)
+    serve = oldest if ready else None
+    if oldest is None or not others:
+        return Decision(serve)
+    if not schedule.turn:  # plain greed
+        return Decision(serve) if own else Decision(swap_to=schedule.name_of(oldest.model))
+
+    # Next is the set that has waited longest, not that of the oldest ticket: its wait begins anew
+    # when it is unloaded. Else a set with a long queue would come back each time.
+    head = min(others, key=schedule.waits_since)
+    swap = Decision(swap_to=schedule.name_of(head.model))
+    if loaded is None or now >= turn_ends(schedule, own, others, head):
+        return swap
+    if own:
+        return Decision(serve)
+    if head.tier == PRIORITY:
+        return swap
+    if schedule.in_flight:
+        return NOTHING
+    until = idle_ends(schedule, loaded, head)
+    return Decision(until=until) if now < until else swap
+
+
+def turn_ends(schedule: Schedule, own: list[Ticket], others: list[Ticket], head: Ticket) -> float:
+    """When the turn of what is loaded is over; head is the oldest ticket of the set that is next.
+
+    The clock runs only while another set waits. A turn lasts MAX_TURN_MS and two round trips, or
+    slow loads would take most of the time. With long queues even that means too many swaps: so
+    tickets that arrived before the turn's end are served after it, too, until the patience of the
+    least patient waiting set is used up.
+    """
+    contested_since = max(schedule.loaded_at, schedule.waits_since(head))
+    begins = contested_since + 2 * schedule.trip(head)
+    if own and own[0].arrived < begins + schedule.turn:
+        patience = min(schedule.patience(ticket) for ticket in others)
+        return begins + max(schedule.turn, patience)
+    return begins + schedule.turn
+
+
+def idle_ends(schedule: Schedule, loaded: str, head: Ticket) -> float:
+    """Until when what is loaded may stay, idle, while head waits.
+
+    A program may send a small request to another model just before the main one to this: so a new
+    head waits for ANTICIPATION, or a twentieth of a round trip if that is less. And if one of the
+    last two pauses of this set was at most LINGER_MS, its client will probably be back: stay for
+    LINGER_MS, but no longer than a round trip, since to leave and come back takes as long.
+    """
+    trip = schedule.trip(head)
+    until = head.arrived + min(ANTICIPATION, trip / 20)
+    if min(schedule.gaps.get(loaded, ()), default=math.inf) > schedule.linger:
+        return until
+    contested_since = max(schedule.loaded_at, schedule.waits_since(head))
+    lingering = schedule.idle_since.get(loaded, 0.0) + schedule.linger
+    return max(until, min(lingering, contested_since + trip))
+
+
+# ---------------------------------------------------------------------------------- worker ----
 
 
 class SwapFailed(Exception):
-    """reason is fit for a client: no path, no output of the script. The details are for the log."""
+    """Why, fit for a client: no path, no output of the script. details are for the log."""
 
-    def __init__(self, reason: str, **details: str) -> None:
-        self.reason, self.details = reason, details
+    def __init__(self, why: str, **details: Any) -> None:
+        super().__init__(why)
+        self.details = details
+
+
+class SwapAbandoned(Exception):
+    """Nobody waits for this swap any more, while others wait."""
+
+
+class Worker:
+    """One group's owner: it grants the turns, and it alone changes what is loaded.
+
+    Every event calls `advance`. It grants at once what can be granted. What takes time (a swap, a
+    check of health, an unload) it leaves to `run`, by setting `due`. `run` and `unload` hold the
+    lock while they work: two runs of SWAP_COMMAND at once would fight for the memory.
+    """
+
+    def __init__(self, group: str, jano: Jano) -> None:
+        self.group = group
+        self.jano = jano
+        self.settings = jano.settings
+        self.schedule = Schedule(self.settings.max_turn, self.settings.linger)
+        self.models: dict[str, Model] = {}  # one gone from the file stays, for its tickets
+        self.lock = asyncio.Lock()
+        self.due = asyncio.Event()  # there is something for `run` to do
+        self.drained = asyncio.Event()  # nothing is in flight
+        self.holds: set[str] = set()  # why no turn is granted now: "check", "unload"
+        self.timer: asyncio.TimerHandle | None = None  # of the next `advance`
+        self.swapping: str | None = None  # what is being loaded
+        self.swap_began = 0.0
+        self.swap_seconds = 0.0  # spent in swaps that are over
+        self.stage = ("", "")  # what is wrong if the swap comes no further, and how one can tell
+        self.loading: asyncio.Task[None] | None = None  # the script and the wait for readiness
+        self.restart: set[str] = set()  # what seemed to be up and did not answer
+        self.failures: dict[str, tuple[int, float]] = {}  # failed swaps in a row, the last
+        self.refusal: Callable[[], ApiError] | None = None  # why it takes no ticket any more
+        self.task = asyncio.create_task(self.run())
+        self.task.add_done_callback(self.died)
+
+    def adopt(self, model: Model) -> None:
+        """Use this entry from now on, for what waits already, too."""
+        self.models[model.name] = model
+        self.schedule.slots[model.name] = model.slots
+        self.schedule.set_of[model.name] = model.set or model.name
+
+    def members(self, name: str | None) -> list[Model]:
+        """The models of a set; a model without a set is its own."""
+        models = self.models.values()
+        return [model for model in models if self.schedule.name_of(model.name) == name]
+
+    @contextlib.asynccontextmanager
+    async def turn(self, ticket: Ticket) -> AsyncIterator[None]:
+        """Queued, then granted; given back on the way out, however it ends. Raises ApiError."""
+        self.refuse_if_hopeless(ticket)
+        if ticket.granted is None:
+            self.jano.telemetry.arrived(self.group, self.schedule.name_of(ticket.model))
+        ticket.swapping -= self.seconds_in_swaps()
+        self.schedule.arrive(ticket, clock())
+        try:
+            self.advance()
+            if ticket not in self.schedule.in_flight:
+                ticket.turn = asyncio.get_running_loop().create_future()
+                await ticket.turn
+            ticket.swapping += self.seconds_in_swaps()
+            yield
+        finally:
+            self.schedule.leave(ticket, clock())
+            self.advance()
+
+    def refuse_if_hopeless(self, ticket: Ticket) -> None:
+        """Raises ApiError if the worker is gone, or what it loads has failed too often."""
+        if self.refusal:
+            raise self.refusal()
+        name = self.schedule.name_of(ticket.model)
+        fails, last = self.failures.get(name, (0, 0.0))
+        if fails >= self.settings.swap_failure_limit:
+            seconds = math.ceil(last + self.settings.swap_failure_reset - clock())
+            if seconds > 0:
+                facts = {"id": ticket.id, "model": name, "fails": fails, "retry_in_s": seconds}
+                log("warn", "failing fast: backend marked bad", **facts)
+                text = f'"{name}" failed to load {fails} times in a row; next try in {seconds} s'
+                raise ApiError(503, text, "backend_unavailable", NO_RETRY)
+            del self.failures[name]
+
+    def advance(self) -> None:
+        """After any change: grant the turns that there are now, and note what is left to do."""
+        now = clock()
+        schedule = self.schedule
+        if not self.holds:
+            for ticket in schedule.advance(now):
+                resolve(ticket)
+        if self.loading and schedule.depth() and not schedule.depth(self.swapping):
+            self.loading.cancel()  # nobody waits for this swap any more, but others do
+        unload_at = self.unload_at()
+        if not schedule.in_flight:
+            self.drained.set()
+            if schedule.decision.swap_to is not None or now >= unload_at:
+                self.due.set()
+        if "check" in self.holds:
+            self.due.set()
+        if self.timer:
+            self.timer.cancel()
+            self.timer = None
+        wake_at = min(schedule.decision.until or math.inf, unload_at)
+        if now < wake_at < math.inf:
+            self.timer = asyncio.get_running_loop().call_later(wake_at - now, self.advance)
+
+    def unload_at(self) -> float:
+        """When what is loaded will have been idle for IDLE_UNLOAD_MS; inf: not in sight."""
+        schedule = self.schedule
+        if not self.settings.idle_unload or schedule.loaded is None or schedule.depth():
+            return math.inf
+        since = schedule.idle_since.get(schedule.loaded, math.inf)
+        return max(since, schedule.loaded_at) + self.settings.idle_unload
+
+    async def run(self) -> None:
+        """Find out what is loaded; then do what is due, for ever."""
+        async with self.lock:
+            await self.detect()
+        self.advance()
+        while True:
+            await self.due.wait()
+            self.due.clear()
+            async with self.lock:
+                swap_to = self.schedule.decision.swap_to
+                if "check" in self.holds:
+                    await self.check_health()
+                elif self.schedule.in_flight:
+                    pass  # turns were granted while we waited for the lock; their end sets due
+                elif swap_to is not None:
+                    await self.swap(swap_to)
+                elif clock() >= self.unload_at():
+                    with contextlib.suppress(ApiError):  # it is in the log
+                        await self.free_memory()
+            self.advance()
+
+    async def detect(self) -> None:
+        """Take for loaded the first set whose models all are likely to run, and healthy.
+
+        Likely is what `status` names; without `status`, each model whose address no other has, as
+        health does not say which of two answers. What still loads is waited for by who asks for it.
+        """
+        urls = Counter(model.url for model in self.models.values())
+        likely = [model.name for model in self.models.values() if urls[model.url] == 1]
+        with contextlib.suppress(SwapFailed), Script(self, "status") as status:
+            code = await status.wait(STATUS_TIMEOUT)
+            if code == 0:
+                named = status.names(list(self.models.values()), "loaded")
+                likely = [model.name for model in named]
+            else:
+                log("info", "status failed", group=self.group, code=code, stderr=status.last_line())
+        for name in dict.fromkeys(map(self.schedule.name_of, self.models)):
+            members = self.members(name)
+            all_likely = all(model.name in likely for model in members)
+            if all_likely and await first_fault(members, PROBE_TIMEOUT) is None:
+                self.schedule.load(name, clock())
+                self.jano.telemetry.detected(self, name)
+                break
+        log("info", "worker started", group=self.group, loaded=self.schedule.loaded)
+
+    def backend_failed(self, model: str, error: BackendError | None = None) -> None:
+        """A request failed, or was answered 5xx (error is None).
+
+        If the backend could not be reached, it is gone. Else no turn is granted until its health
+        was asked: the ticket leaves next, and that calls `advance`.
+        """
+        if self.schedule.name_of(model) == self.schedule.loaded:
+            if error and not error.sent:
+                self.backend_gone(str(error))
+            else:
+                self.holds.add("check")
+
+    def backend_gone(self, fault: str) -> None:
+        """What is loaded is not, whatever we thought, and must be started anew."""
+        name = self.schedule.loaded
+        if name is not None:
+            self.schedule.unload(clock())
+            self.restart.add(name)
+            log("warn", "backend is gone", model=name, err=fault)
+
+    async def check_health(self) -> None:
+        """Take what is loaded for gone if it is not ready; then turns are granted again."""
+        timeout = min(PROBE_TIMEOUT, self.settings.request_timeout)
+        fault = await first_fault(self.members(self.schedule.loaded), timeout)
+        if fault is not None:
+            self.backend_gone(fault)
+        self.holds.discard("check")
+
+    async def swap(self, name: str) -> None:
+        """Load this set; where that fails, so do the tickets that wait for it."""
+        previous = self.schedule.loaded
+        draining_since = self.schedule.draining_since or clock()
+        # From here on nobody may be sent to the old model, nor to a half-started new one.
+        self.schedule.unload(clock())
+        self.swapping, self.swap_began = name, clock()
+        log("info", "swap requested", model=name, previous=previous)
+        failure = None
+        try:
+            await self.bring_up(name, previous)
+        except (SwapFailed, SwapAbandoned) as error:
+            failure = error
+        finally:
+            seconds = clock() - self.swap_began
+            self.swap_seconds += seconds
+            self.swapping = None
+        if isinstance(failure, SwapAbandoned):
+            log("info", "swap abandoned: nobody waits for it", model=name, ms=ms(seconds))
+            return
+        self.jano.telemetry.swapped(self, previous, name, seconds, failure is None)
+        if failure:
+            self.swap_failed(name, seconds, failure)
+        else:
+            self.failures.pop(name, None)
+            self.restart.discard(name)
+            self.schedule.load(name, clock(), clock() - draining_since)
+            log("info", "swap ready", model=name, ms=ms(seconds))
+
+    async def bring_up(self, name: str, previous: str | None) -> None:
+        """Script and readiness, under one deadline. Raises SwapFailed or SwapAbandoned."""
+        timeout = self.settings.swap_wait_timeout
+        with Script(self, name, previous, restart=name in self.restart) as script:
+            self.loading = asyncio.create_task(wait_until_ready(self, name, script))
+            try:
+                await asyncio.wait({self.loading}, timeout=timeout)
+                if self.loading.cancelled():
+                    raise SwapAbandoned
+                if not self.loading.done():
+                    what, detail = self.stage
+                    why = f"{what} after {timeout:g} s{detail}"
+                    raise SwapFailed(why, stderr=script.last_line())
+                self.loading.result()
+            except (SwapFailed, SwapAbandoned):
+                self.loading.cancel()
+                await script.stop()
+                raise
+            finally:  # when jano stops, too; the script then goes on alone
+                self.loading.cancel()
+                self.loading = None
+
+    def swap_failed(self, name: str, seconds: float, failure: SwapFailed) -> None:
+        """Count and log it, and fail who waits for it."""
+        fails = self.failures.get(name, (0, 0.0))[0] + 1
+        self.failures[name] = (fails, clock())
+        facts = {"model": name, "ms": ms(seconds), "fails": fails, "err": str(failure)}
+        log("error", "swap failed", **facts, **failure.details)
+        text = f'swap to "{name}" failed: {failure}'
+        self.fail_waiting(name, lambda: ApiError(503, text, "swap_failed", NO_RETRY))
+
+    async def unload(self) -> str | None:
+        """Drain, then free the memory. Returns the name of what was loaded."""
+        async with self.lock:
+            if self.refusal:  # jano stops, and the script of a swap may still run
+                raise self.refusal()
+            self.holds.add("unload")
+            try:
+                self.advance()
+                while self.schedule.in_flight:
+                    self.drained.clear()
+                    await self.drained.wait()
+                return await self.free_memory()
+            finally:
+                self.holds.discard("unload")
+                self.advance()
+
+    async def free_memory(self) -> str | None:
+        """Run SWAP_COMMAND unload. Nothing is in flight; whoever comes now waits for it."""
+        previous = self.schedule.loaded
+        self.schedule.unload(clock())
+        self.jano.telemetry.unloaded(self.group)
+        log("info", "unload requested", model=previous)
+        try:
+            with Script(self, "unload", previous) as script:
+                code = await script.wait(min(30.0, self.settings.swap_wait_timeout))
+                if code:
+                    raise SwapFailed("the script failed", code=code, stderr=script.last_line())
+        except SwapFailed as error:
+            log("warn", "unload failed", group=self.group, **error.details)
+            raise ApiError(503, f"unload failed: {error}", "unload_failed", NO_RETRY) from None
+        return previous
+
+    def fail_waiting(self, name: str | None, error: Callable[[], ApiError]) -> None:
+        """No turn will come for the tickets of this set (None: of any)."""
+        for ticket in self.schedule.waiting(name):
+            self.schedule.leave(ticket, clock())
+            resolve(ticket, error())
+
+    def close(self, refusal: Callable[[], ApiError]) -> None:
+        """Take no ticket any more. A script that runs, and the backends, go on."""
+        self.refusal = refusal
+        self.task.cancel()
+        self.fail_waiting(None, refusal)
+
+    def died(self, task: asyncio.Task[None]) -> None:
+        """The worker's coroutine has ended. Only `close` may do that."""
+        if not task.cancelled():
+            log("error", "worker died", group=self.group, error=kind_of(task.exception()))
+            text = "jano has lost its worker; its log says why"
+            self.close(lambda: ApiError(503, text, "worker_died", NO_RETRY))
+
+    def seconds_in_swaps(self) -> float:
+        """All the time so far in which a swap went on."""
+        return self.swap_seconds + (clock() - self.swap_began if self.swapping else 0.0)
+
+
+def resolve(ticket: Ticket, error: ApiError | None = None) -> None:
+    """Let its handler go on, with the turn or with an error."""
+    # A client that has just left has cancelled the future, and its handler has yet to run.
+    if ticket.turn and not ticket.turn.done():
+        if error:
+            ticket.turn.set_exception(error)
+        else:
+            ticket.turn.set_result(None)
+
+
+# ------------------------------------------------------------------------------------ swap ----
+
+PROBE_TIMEOUT = 5.0  # seconds; while a backend loads, as long as has been waited if that is more
+STATUS_TIMEOUT = 5.0  # seconds that `status` may take
+STATUS_INTERVAL = 2.0  # seconds between two looks whether a loading server lives
+
+
+async def wait_until_ready(worker: Worker, name: str, script: Script) -> None:
+    """Wait for the script's end, then until the whole set is ready. Raises SwapFailed."""
+    worker.stage = ("the script runs on", "")
+    code = await script.wait()
+    if code:
+        how = f"exited with code {code}" if code > 0 else f"was killed by signal {-code}"
+        raise SwapFailed(f"the script {how}", stderr=script.last_line())
+    members = worker.members(name)
+    worker.stage = ("the backend is not ready", f" (GET {members[0].health}: no answer)")
+    polling = asyncio.create_task(poll_health(worker, members))
+    alive: list[Model] = []  # whom `status` has named
+    interval = STATUS_INTERVAL / 4  # many a server dies soon
+    status: Script | None = None
+    try:
+        while True:
+            done, _ = await asyncio.wait({polling}, timeout=interval)
+            if done:
+                return polling.result()
+            interval = STATUS_INTERVAL
+            with Script(worker, "status") as status:
+                if await status.wait(STATUS_TIMEOUT):  # it says nothing of the servers
+                    interval = STATUS_INTERVAL if alive else math.inf  # inf: it has no `status`
+                    continue
+                loaded = status.names(members, "loaded")
+                for model in status.names(members, "dead") + alive:
+                    if model not in loaded:
+                        text = f'the server of "{model.name}" ended while it was loading'
+                        raise SwapFailed(text, stderr=status.last_line() or script.last_line())
+                alive = loaded
+    finally:
+        polling.cancel()
+        if status:
+            status.signal(signal.SIGKILL)  # cancelled meanwhile: nothing may run beside the next
+
+
+async def poll_health(worker: Worker, members: list[Model]) -> None:
+    """Ask, ever less often, until all of them are ready."""
+    began = clock()
+    while True:
+        waited = clock() - began
+        fault = await first_fault(members, max(PROBE_TIMEOUT, waited))
+        if fault is None:
+            return
+        worker.stage = ("the backend is not ready", f" ({fault})")
+        await asyncio.sleep(min(worker.settings.health_poll_interval, max(0.02, 0.06 * waited)))
+
+
+async def first_fault(models: list[Model], timeout: float) -> str | None:
+    """Why these backends are not all ready, such as "GET /health: 503"; None if they are."""
+    for model in models:
+        fault = await probe(model, timeout)
+        if fault is not None:
+            return fault
+    return None
+
+
+async def probe(model: Model, timeout: float) -> str | None:
+    """None if the backend says that it is ready, by 2xx on its health path; else what it said."""
+    limit = aiohttp.ClientTimeout(total=timeout)
+    fault = None
+    for path in (model.health, "/v1/models"):  # Ollama, for one, has no /health
+        url = model.url.geturl() + path
+        options: dict[str, Any] = {"headers": model.headers, "timeout": limit}
+        try:
+            async with aiohttp.request("GET", url, allow_redirects=False, **options) as answer:
+                if answer.status // 100 == 2:
+                    return None
+                fault = f"GET {path}: {answer.status}"
+                if answer.status != 404:
+                    break
+        except TimeoutError:
+            return f"GET {path}: no answer within {timeout:g} s"
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            return f"GET {path}: {why(error)}"
+    return fault
 
 
 class Script:
-    """A run of SWAP_COMMAND: exec without a shell, its own session, output to files.
+    """A run of SWAP_COMMAND: exec without a shell, its own session, output to named files.
 
-    Files: a server that the script leaves in the background would hold a pipe open. Its own
-    session: Ctrl-C on jano must spare the backends. A thread waits for its end: asyncio's own
-    subprocess kills its child when the loop closes, and a script must outlive a restart of jano.
+    Output goes to files, because a server left in the background would hold a pipe open; they have
+    names, so that one can see whose output it is. It gets a session of its own, so that Ctrl-C on
+    jano spares the servers. A thread waits for its end, because asyncio's subprocess kills its
+    child when the loop closes, and a script must outlive a restart of jano.
     """
 
-    def __init__(self, worker: Worker, argument: str, previous: str) -> None:
-        """Raises SwapFailed if it cannot be started."""
-        environ = dict(os.environ, JANO_PREVIOUS_MODEL=previous, JANO_GROUP=worker.group)
+    def __init__(
+        self, worker: Worker, argument: str, previous: str | None = None, restart: bool = False
+    ) -> None:
+        """Starts it. Raises SwapFailed if that cannot be done."""
+        environ = dict(os.environ, JANO_PREVIOUS_MODEL=previous or "", JANO_GROUP=worker.group)
         environ.pop("JANO_API_KEY", None)
+        environ |= {"JANO_RESTART": "1"} if restart else {}
+        self.stdout = output_file(worker, argument, "out")
+        self.stderr = output_file(worker, argument, "err")
         try:
-            self.stdout, self.stderr = tempfile.TemporaryFile(), tempfile.TemporaryFile()
             self.process = subprocess.Popen(
-                [*worker.settings.swap_command, argument], stdin=subprocess.DEVNULL,
-                stdout=self.stdout, stderr=self.stderr, start_new_session=True, env=environ)
+                [*worker.settings.swap_command, argument],
+                stdin=subprocess.DEVNULL,
+                stdout=self.stdout,
+                stderr=self.stderr,
+                start_new_session=True,
+                env=environ,
+            )
         except (OSError, ValueError) as error:  # ValueError: a name that the locale cannot spell
+            self.close()
             raise SwapFailed("the script could not be started", error=why(error)) from None
         self.loop = asyncio.get_running_loop()
         self.exited: asyncio.Future[int] = self.loop.create_future()
@@ -708,6 +781,9 @@ class Script:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self.stdout.close()
         self.stderr.close()
 
@@ -716,701 +792,1014 @@ class Script:
         with contextlib.suppress(RuntimeError):  # the loop is closed: jano has stopped
             self.loop.call_soon_threadsafe(self.exited.set_result, code)
 
-    def done(self) -> bool:
-        return self.exited.done()
-
-    async def wait(self, timeout: float | None = None) -> int:
-        """Its exit code; after timeout seconds it is stopped."""
-        await asyncio.wait({self.exited}, timeout=timeout)  # unlike await: never cancels the future
-        await self.stop()
-        return self.exited.result() if self.done() else -signal.SIGKILL
-
-    async def stop(self) -> None:
-        """If it runs still, terminate its process group; two seconds later kill what is left."""
-        for number in () if self.done() else (signal.SIGTERM, signal.SIGKILL):
+    def signal(self, number: int) -> None:
+        """Send it to the script's process group, if the script still runs."""
+        if not self.exited.done():
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.process.pid, number)
-            await asyncio.wait({self.exited}, timeout=2)
 
-    def output(self) -> str:
-        return os.pread(self.stdout.fileno(), 2**16, 0).decode(errors="replace")
+    async def wait(self, timeout: float | None = None) -> int:
+        """Its exit code, or minus the signal that killed it.
+
+        After timeout seconds it is stopped, and that counts as killed.
+        """
+        await asyncio.wait({self.exited}, timeout=timeout)  # unlike await, never cancels it
+        if self.exited.done():
+            return self.exited.result()
+        await self.stop()
+        code = self.exited.result() if self.exited.done() else -signal.SIGKILL
+        return code or -signal.SIGTERM
+
+    async def stop(self) -> None:
+        """If it runs, send its process group SIGTERM; if it runs two seconds later, SIGKILL."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            if not self.exited.done():
+                self.signal(number)
+                await asyncio.wait({self.exited}, timeout=2)
+
+    def names(self, models: list[Model], state: str) -> list[Model]:
+        """The models of which it has printed that they are in this state."""
+        text = os.pread(self.stdout.fileno(), 2**16, 0).decode(errors="replace")
+        lines = [line.strip() for line in text.splitlines()]
+        return [model for model in models if f"{model.name}: {state}" in lines]
 
     def last_line(self) -> str:
-        """Of stderr. pread, as a seek would move the place where the script writes next."""
+        """The last line on stderr, at most 300 characters."""
         end = os.fstat(self.stderr.fileno()).st_size
         text = os.pread(self.stderr.fileno(), 2**12, max(0, end - 2**12)).decode(errors="replace")
         return (text.strip().splitlines() or [""])[-1][:300]
 
-# -------------------------------------------------------------------------------- forward ----
 
-# Hop by hop: RFC 9110, 7.6.1. Made anew: Host, Content-Length. Answered here: Expect.
-HOP_BY_HOP = {"connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding",
-              "upgrade", "proxy-authenticate", "proxy-authorization"}
-NOT_PASSED_ON = {"host", "content-length", "expect"}
-NOT_INVENTED = ("Accept", "Accept-Encoding", "User-Agent", "Content-Type")  # as aiohttp would
-INFLATED = {"gzip", "deflate", "br", "zstd"}  # request bodies that aiohttp's server unpacks
-GIVEN = web.ResponseKey("GIVEN", set[str])  # a backend's header names; aiohttp's additions go
-NOT_SENT = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)  # no byte has left
-BROKEN = (aiohttp.ClientError, asyncio.TimeoutError, HttpProcessingError, OSError, ValueError)
+def output_file(worker: Worker, argument: str, ending: str) -> IO[bytes]:
+    """A new file in <tmp>/jano-<uid>-<port>, which is the user's own; /dev/null if that fails."""
+    kind = argument if argument in RESERVED_NAMES else "swap"
+    folder = Path(tempfile.gettempdir(), f"jano-{os.getuid()}-{worker.jano.port}")
+    path = folder / f"{quote(worker.group, safe='')}.{kind}.{ending}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+            raise PermissionError  # somebody else's
+        path.unlink(missing_ok=True)  # a server of the last run may still write to that
+        return open(path, "a+b")
+    except OSError:
+        return open(os.devnull, "a+b")
+
+
+# --------------------------------------------------------------------------------- forward ----
+
+CONNECT_TIMEOUT = 10.0  # seconds
+KEEP_FOR = 0.5  # seconds that an idle connection is kept: less than any backend keeps it
+BUFFER = 2**16  # bytes; twice as many may be held before reading pauses
+LIMITS: dict[str, Any] = {  # of a head, on both sides; bytes, and a number of headers
+    "max_line_size": 2**16,
+    "max_field_size": 2**16,
+    "max_headers": 256,
+}
+
+
+class BackendError(Exception):
+    """A backend has failed, in words fit for a client. status is 502 or 504."""
+
+    def __init__(self, status: int, what: str, sent: bool = True) -> None:
+        super().__init__(what)
+        self.status = status
+        self.sent = sent  # False: no byte of the request has left
+
+
+async def forward(call: Call) -> bytes:
+    """Ask the backend and pass its answer on. Returns the last bytes, for the caller to write.
+
+    Raises BackendError; ConnectionError if the client has left; ApiError if heartbeats have begun a
+    stream to the client, and the answer is none.
+    """
+    timeout = call.jano.settings.request_timeout
+    upstream = await connect(call, min(timeout, CONNECT_TIMEOUT))
+    try:
+        head = await upstream.ask(call.request_head(), call.body, timeout)
+        if head.code >= 500 and call.worker:
+            call.worker.backend_failed(call.model)
+        if call.beats:
+            await refuse_unless_stream(upstream, head)
+        call.begin_answer(head)
+        while True:
+            piece = upstream.take()
+            if piece:
+                call.first_byte = call.first_byte or clock()
+                if call.excerpt:
+                    call.excerpt.feed(piece)
+            if upstream.complete():
+                return call.frame(piece, last=True)
+            if piece or call.unsent:  # unsent: the answer's head, which waits for no body
+                await call.write(call.frame(piece))
+            else:
+                await upstream.more()
+    finally:
+        upstream.release()
+
+
+async def connect(call: Call, timeout: float) -> Upstream:
+    """A connection to the model's backend, idle or new. Raises BackendError."""
+    url = call.entry.url
+    idle = call.jano.idle[url.scheme, url.netloc]
+    with_body = call.request.method != "HEAD"
+    for upstream in reversed(idle):
+        if with_body and upstream.usable():
+            idle.remove(upstream)
+            return upstream
+    tls = True if url.scheme == "https" else None
+    port = url.port or (443 if tls else 80)
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(timeout):
+            _, upstream = await loop.create_connection(
+                lambda: Upstream(idle, with_body), url.hostname or "", port, ssl=tls
+            )
+    except (OSError, TimeoutError) as error:
+        raise BackendError(502, f"cannot be reached ({why(error)})", sent=False) from None
+    return upstream
+
+
+class Idle(list["Upstream"]):
+    """The connections to one origin that wait for their next request, the latest last."""
+
+    keeps_after_streams = False  # whether one was seen to stay open for KEEP_FOR after a stream
+
+
+class Upstream(asyncio.Protocol):
+    """A connection to a backend, for one request after the other.
+
+    idle ──ask──▶ waiting for the head ──▶ body, piece by piece ──▶ complete ──release──▶ idle
+
+    It exists because aiohttp's client costs more than all the rest of a request, sets no deadline
+    for sending, and drops an answer that came before the request was sent whole. The parser is
+    aiohttp's, and so is the reader that it fills, `body`. A failure waits in `failure` until all
+    that came before it has been taken.
+    """
+
+    def __init__(self, idle: Idle, with_body: bool) -> None:
+        """idle: where it waits for its next request. with_body: False for the answer to a HEAD."""
+        self.idle = idle
+        self.with_body = with_body
+        self.loop = asyncio.get_running_loop()
+        options = {"read_until_eof": True, "response_with_body": with_body, **LIMITS}
+        self.parser = HttpResponseParser(
+            cast(Any, self), self.loop, BUFFER, auto_decompress=False, **options
+        )
+        self.transport: asyncio.Transport | None = None  # None: closed
+        self.head: RawResponseMessage | None = None
+        self.body: aiohttp.StreamReader | None = None
+        self.failure: BackendError | None = None
+        self.waiter: asyncio.Future[None] | None = None
+        self.timeout = 0.0  # seconds for which the backend may be silent; 0: nobody asks
+        self.deadline = 0.0  # on the loop's clock, of who waits or of its idleness
+        self.timer: asyncio.TimerHandle | None = None  # looks at the deadline
+        self.on_probation = False  # idle after a stream: will the backend close it?
+        self.paused = False  # reading
+        self.full = False  # the transport holds enough to be sent
+        self.rest = memoryview(b"")  # of a large body
+        self.unread = select.poll()  # whether there is something to read, or the end
+
+    async def ask(self, request: bytes, body: bytes, timeout: float) -> RawResponseMessage:
+        """Send a request; returns the answer's head. timeout bounds both, and then each silence.
+
+        Sending is not awaited, as a backend may answer before it has read all. Raises BackendError.
+        """
+        assert self.transport
+        self.timeout = timeout
+        self.deadline = self.loop.time() + timeout
+        self.look_at(self.deadline)
+        if len(body) < BUFFER:
+            self.transport.write(request + body)
+        else:
+            self.transport.write(request)
+            self.rest = memoryview(body)
+            self.resume_writing()
+        while self.head is None:
+            await self.wait()
+        return self.head
+
+    def take(self) -> bytes:
+        """What has come of the body and was not taken yet, maybe nothing."""
+        return self.body.read_nowait() if self.body else b""
+
+    def complete(self) -> bool:
+        """Whether the whole answer has come and was taken."""
+        return self.body is not None and self.body.at_eof()
+
+    async def more(self) -> None:
+        """Wait until there is more to take, or the answer is complete. Raises BackendError."""
+        self.deadline = self.loop.time() + self.timeout
+        await self.wait()
+
+    async def wait(self) -> None:
+        """Wait for whatever comes next. Raises BackendError."""
+        if self.failure:
+            raise self.failure
+        self.waiter = self.loop.create_future()
+        try:
+            await self.waiter
+        finally:
+            self.waiter = None
+
+    def release(self) -> None:
+        """The request is over: keep the connection for another one if that is safe, or close it.
+
+        Closing tells a backend that its client has left. A connection is used again only if the
+        backend keeps it (RFC 9112, 9.3), and its answer was complete and no error: after an error
+        the backend may take the unread rest of a request's body for the next request. llama-server
+        closes after each stream and does not say so: after a stream a connection is on probation,
+        unused, until one of this origin has stayed open for KEEP_FOR.
+        """
+        head = self.head
+        unsent = len(self.rest) or (self.transport.get_write_buffer_size() if self.transport else 1)
+        done = self.complete() and self.with_body and not unsent
+        if head is None or head.should_close or head.code >= 400 or not done:
+            self.close()
+        else:
+            sized = "Content-Length" in head.headers and not head.chunked
+            self.on_probation = not sized and not self.idle.keeps_after_streams
+            self.deadline = self.loop.time() + KEEP_FOR
+            self.look_at(self.deadline)
+            self.head = self.body = None
+            self.timeout = 0.0
+            self.idle.append(self)
+
+    def usable(self) -> bool:
+        """Whether it may be used now, while it is idle."""
+        if self.on_probation or self.loop.time() > self.deadline:
+            return False
+        return not self.unread.poll(0)  # the loop may not know yet that the backend has closed it
+
+    def close(self) -> None:
+        """At once; what was not sent is dropped."""
+        self.rest = memoryview(b"")
+        if self in self.idle:
+            self.idle.remove(self)
+        if self.transport:
+            self.transport.abort()
+        if self.timer:
+            self.timer.cancel()
+
+    def look_at(self, when: float) -> None:
+        """Check the deadline then at the latest. A timer that fires too early does no harm."""
+        if self.timer is None or self.timer.when() > when:
+            if self.timer:
+                self.timer.cancel()
+            self.timer = self.loop.call_at(when, self.check_deadline)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self.unread.register(transport.get_extra_info("socket"), select.POLLIN)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            messages = self.parser.feed_data(data)[0]
+        except Exception as error:  # whatever the parser makes of what a backend sends
+            self.fail(BackendError(502, f"sent what is not HTTP ({type(error).__name__})"))
+            return
+        for head, body in messages:
+            if not self.timeout or self.head or head.code == 101:
+                self.fail(BackendError(502, "sent what nobody had asked for"))
+            elif head.code >= 200:  # 1xx is interim, and for this hop
+                self.head, self.body = head, body
+        self.wake()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if exc and self.transport and not self.transport.get_extra_info("sslcontext"):
+            # A backend may answer 413 and close without reading the request. Then sending fails,
+            # and asyncio drops what it has not read yet; here, the socket is still open.
+            with contextlib.suppress(OSError):
+                while data := os.read(self.transport.get_extra_info("socket").fileno(), BUFFER):
+                    self.data_received(data)
+        self.transport = None
+        if self in self.idle:
+            self.idle.remove(self)
+            self.idle.keeps_after_streams = False
+        if self.head and not exc:
+            # The end of the connection ends a body without a length. A reset does not.
+            with contextlib.suppress(HttpProcessingError):
+                self.parser.feed_eof()
+        if self.body is None or not self.body.is_eof():
+            self.fail(BackendError(502, "died"))
+        self.wake()
+
+    def check_deadline(self) -> None:
+        """Close it if it was idle for too long; fail if somebody has waited for too long."""
+        self.timer = None
+        now = self.loop.time()
+        if now < self.deadline:
+            self.look_at(self.deadline)
+        elif not self.timeout:
+            if self.on_probation and not self.unread.poll(0):
+                self.idle.keeps_after_streams = True
+            self.close()
+        elif self.waiter and not self.waiter.done() and not self.unread.poll(0):
+            self.fail(BackendError(504, f"was silent for {self.timeout:g} s"))
+        else:  # the client does not read, or the machine was asleep and an answer is to be read
+            self.look_at(now + 0.1)
+
+    def fail(self, failure: BackendError) -> None:
+        """Close it. The first failure counts."""
+        self.failure = self.failure or failure
+        self.close()
+        self.wake()
+
+    def wake(self) -> None:
+        if self.waiter and not self.waiter.done():
+            self.waiter.set_result(None)
+
+    def pause_writing(self) -> None:
+        self.full = True
+
+    def resume_writing(self) -> None:
+        """Hand the transport as much of a large body as it takes, since it makes a copy."""
+        self.full = False
+        while self.rest and self.transport and not (self.full or self.transport.is_closing()):
+            piece, self.rest = self.rest[:BUFFER], self.rest[BUFFER:]
+            self.transport.write(piece)
+
+    def pause_reading(self) -> None:
+        """Called by the reader that holds too much, because the client is slower."""
+        self.paused = True
+        if self.transport:
+            self.transport.pause_reading()
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """Called by the reader whenever it holds little enough."""
+        if self.paused and self.transport:
+            self.transport.resume_reading()
+        self.paused = False
+
+
+# ------------------------------------------------------------------------------ front door ----
+
+CLIENT_LEFT = 499  # nginx's status for it
+MAX_HELD = 2**30  # bytes of the bodies of all requests together; a lone one may be larger
+MAX_VALUES = 2_000_000  # in a JSON body, more or less: half a second of parsing
+MAX_PARTS = 1000  # of a form
+TIERS = {"priority": PRIORITY, "flex": FLEX}
+STREAMS = {"chat/completions", "completions", "messages", "responses"}  # streams that are known
+UPSTREAM = "/upstream/"  # followed by a model's name, and a path for its backend
+UNPACKED = {"gzip", "deflate", "br", "zstd"}  # request bodies that aiohttp has unpacked
+
+# Hop by hop (RFC 9110, 7.6.1), and what is made anew for the next hop.
+HOP_BY_HOP = frozenset(
+    b"connection keep-alive proxy-connection te trailer transfer-encoding upgrade"
+    b" proxy-authenticate proxy-authorization content-length host expect".split()
+)
+CONTROL = bytes([*range(9), *range(10, 32), 127])  # never in a header's value (RFC 9110, 5.5)
+
+# The SDKs of OpenAI and Anthropic try again by themselves, for minutes, unless they are told not
+# to; but what cannot be loaded will not be loaded the better for it.
+NO_RETRY = {"x-should-retry": "false"}
+RETRY_SOON = {"Retry-After": "5"}
+ANTHROPIC_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 
 
 class ApiError(Exception):
-    """An answer in the shape of OpenAI's errors; retry_after in seconds."""
+    """A failure as the client is told of it; more stands beside OpenAI's `error`."""
 
-    def __init__(self, status: int, text: str, code: str, retry_after: int | None = None,
-                 param: str | None = None, **more: Any) -> None:
+    def __init__(self, status: int, text: str, code: str, headers: Any = (), **more: Any) -> None:
         super().__init__(text)
-        kind = "server_error" if status >= 500 else "invalid_request_error"
-        error = {"message": text, "type": kind, "param": param, "code": code}
-        self.status, self.payload = status, {"error": error, **more}
-        self.headers = {} if retry_after is None else {"Retry-After": str(min(60, retry_after))}
+        self.status, self.code, self.headers, self.more = status, code, dict(headers), more
 
-    def response(self) -> web.Response:
-        return web.json_response(self.payload, status=self.status, headers=self.headers)
+    def payload(self, dialect: str) -> dict[str, Any]:
+        """In the shape of OpenAI's, Anthropic's or Ollama's API."""
+        if dialect == "ollama":
+            return {"error": str(self)}
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        if dialect == "anthropic":
+            kind = ANTHROPIC_TYPES.get(self.status, kind.replace("server", "api"))
+            return {"type": "error", "error": {"type": kind, "message": str(self)}}
+        param = "model" if "accepted" in self.more else None
+        error = {"message": str(self), "type": kind, "param": param, "code": self.code}
+        return {"error": error, **self.more}
 
-    def event(self, anthropic: bool) -> bytes:
-        """The same as a server-sent event, for a stream that has begun."""
-        if not anthropic:
-            return f"data: {json.dumps({'error': self.payload['error']})}\n\n".encode()
-        kind = self.payload["error"].get("type") or "api_error"
-        kind = "api_error" if kind == "server_error" else kind
-        data = {"type": "error", "error": {**self.payload["error"], "type": kind}}
-        return f"event: error\ndata: {json.dumps(data)}\n\n".encode()
+    def response(self, request: web.BaseRequest) -> web.Response:
+        """For a client that has got nothing yet."""
+        dialect = "ollama" if request.path.startswith("/api/") else "openai"
+        if "anthropic-version" in request.headers or request.path.startswith("/v1/messages"):
+            dialect = "anthropic"
+        payload = self.payload(dialect)
+        return web.json_response(payload, status=self.status, headers=self.headers)
+
+    def event(self, stream: str) -> bytes:
+        """For one that has got heartbeats: the end of its stream, of this kind."""
+        payload = self.payload("anthropic" if stream == "messages" else "openai")
+        payload["error"]["type"] = self.code  # at "server_error" or "api_error", agents ask again
+        if stream == "responses":
+            response = {"object": "response", "status": "failed", "error": payload["error"]}
+            payload |= {"type": "response.failed", "response": response}
+        return event(payload)
 
 
-@dataclass(eq=False, kw_only=True)
+def event(payload: dict[str, Any]) -> bytes:
+    """A server-sent event; where its payload has a type, that is its name, too."""
+    name = f"event: {payload['type']}\n" if "type" in payload else ""
+    return f"{name}data: {compact(payload)}\n\n".encode()
+
+
+SHUTTING_DOWN = functools.partial(ApiError, 503, "jano shuts down", "shutting_down", RETRY_SOON)
+
+
+@dataclass(eq=False)
 class Call(Ticket):
-    """A ticket with its request: all that is known on the way from socket to socket."""
+    """A request from its arrival to its end; for the policy it is a ticket like any other."""
 
+    _: KW_ONLY
     jano: Jano
-    request: web.Request
-    to: Model
-    worker: Worker | None  # None: passthrough
+    request: web.BaseRequest
+    entry: Model  # the model's entry in models.json
+    worker: Worker | None  # None: it needs no turn
+    target: str  # path and query for the backend, in the client's own spelling
     body: bytes
-    streaming: bool  # the client asked for server-sent events
-    tail: Tail
-    response: web.StreamResponse | None = None  # once it has begun
+    stream: str  # which of STREAMS it asks for; "": any other answer
+    unsent: bytes = b""  # the head of the answer; it goes out with what comes first
+    chunked: bool = False  # the answer's body is sent in chunks
+    keep_alive: bool = True
+    beats: int = 0  # heartbeats sent
+    timer: asyncio.TimerHandle | None = None  # of the next one
+    relaying: bool = False  # the backend's answer has begun
+    sent_status: int = 0  # what the client is told
+    excerpt: Excerpt | None = None  # of the answer, where tokens are counted
     first_byte: float | None = None
     failure: str = ""  # what went wrong, in jano's words
+    status: int | None = None  # once it is over, as it is counted
 
     @property
     def running(self) -> bool:
-        return self.worker is None or self in self.worker.in_flight
+        return self.worker is None or self in self.worker.schedule.in_flight
+
+    def request_head(self) -> bytes:
+        """For the backend: the client's start line and headers, less what is for this hop."""
+        request, entry = self.request, self.entry
+        drop = {name.lower().encode() for name in entry.headers}
+        if self.jano.settings.api_key:
+            drop |= self.jano.key_headers(request)
+        if request.headers.get("Content-Encoding", "").lower() in UNPACKED:
+            drop.add(b"content-encoding")
+        if self.stream:  # a heartbeat's head names no encoding
+            drop.add(b"accept-encoding")
+        start = (
+            f"{request.method} {entry.url.path}{self.target} HTTP/1.1\r\nHost: {entry.url.netloc}"
+        )
+        lines = [start.encode("utf-8", "surrogateescape")]
+        lines += [f"{name}: {value}".encode() for name, value in entry.headers.items()]
+        if self.body or request.method in ("POST", "PUT", "PATCH"):
+            lines.append(b"Content-Length: %d" % len(self.body))
+        return b"\r\n".join([*lines, *end_to_end(request, drop), b"\r\n"])
+
+    def begin_answer(self, head: RawResponseMessage) -> None:
+        """Prepare the backend's status line and headers, and jano's, unless a head is out."""
+        self.stop_heartbeats()
+        self.relaying = True
+        content_type = head.headers.get("Content-Type", "")
+        events = "event-stream" in content_type
+        if events or "json" in content_type:
+            self.excerpt = Excerpt()
+        if self.beats:
+            return
+        # Jano's own word on who may read it counts.
+        drop = {b"access-control-allow-origin"} if "Origin" in self.request.headers else set()
+        lines = [line.translate(None, CONTROL) for line in end_to_end(head, drop)]
+        if "Date" not in head.headers:
+            lines.append(date_line(int(time.time())))
+        if "x-request-id" not in head.headers:
+            lines.append(b"x-request-id: " + self.id.encode())
+        if events:
+            lines.append(b"X-Accel-Buffering: no")
+        queue_ms = ms((self.granted or self.arrived) - self.arrived)
+        lines.append(b"Server-Timing: queue;dur=%d, swap;dur=%d" % (queue_ms, ms(self.swapping)))
+        length = None if head.chunked else head.headers.get("Content-Length")
+        self.set_head(head.code, head.reason, lines, length)
+
+    def set_head(self, status: int, reason: str, lines: list[bytes], length: str | None) -> None:
+        """length is the body's, None if nobody knows it yet (RFC 9112, 6.3)."""
+        major, minor = self.request.version
+        self.sent_status, self.keep_alive = status, self.request.keep_alive
+        if length is not None and status != 204:
+            lines.append(b"Content-Length: " + length.encode())
+        elif self.request.method != "HEAD" and status not in (204, 304):
+            self.chunked = minor > 0
+            self.keep_alive = self.keep_alive and self.chunked
+            if self.chunked:
+                lines.append(b"Transfer-Encoding: chunked")
+        if self.keep_alive != (minor > 0):  # otherwise it goes without saying
+            lines.append(b"Connection: keep-alive" if self.keep_alive else b"Connection: close")
+        for name, value in self.jano.cors_headers(self.request).items():
+            lines.append(os.fsencode(f"{name}: {value}"))
+        start = f"HTTP/{major}.{minor} {status} {reason}".encode("utf-8", "surrogateescape")
+        self.unsent = b"\r\n".join([start.translate(None, CONTROL), *lines, b"\r\n"])
+
+    def frame(self, piece: bytes, last: bool = False) -> bytes:
+        """A piece of the body, behind the head if that is not out (RFC 9112, 7.1)."""
+        if self.chunked:
+            piece = b"%x\r\n%b\r\n" % (len(piece), piece) if piece else b""
+            piece += b"0\r\n\r\n" if last else b""
+        head, self.unsent = self.unsent, b""
+        return head + piece
+
+    async def write(self, data: bytes) -> None:
+        """Send to the client; wait while it does not read. Raises ConnectionError, TimeoutError."""
+        transport = self.request.transport
+        if transport is None or transport.is_closing():
+            raise ConnectionResetError
+        transport.write(data)
+        if self.request.protocol.writing_paused:
+            async with asyncio.timeout(self.jano.settings.request_timeout):
+                await self.request.writer.drain()
+
+    def stop_heartbeats(self) -> None:
+        if self.timer:
+            self.timer.cancel()
+
+    def beat(self) -> None:
+        """A sign of life, under the head of a 200 that a later event may have to take back.
+
+        Parsers of server-sent events skip comments (HTML standard, 9.2.6). Codex wants events.
+        """
+        data = b": waiting\n\n"
+        if self.stream == "responses":
+            data = event({"type": "keepalive", "sequence_number": self.beats})
+        if not self.beats:
+            lines = [b"Content-Type: text/event-stream", b"Cache-Control: no-cache"]
+            lines += [b"X-Accel-Buffering: no", b"x-request-id: " + self.id.encode()]
+            self.set_head(200, "OK", lines, None)
+        self.beats += 1
+        if self.request.transport:  # which buffers what its client does not read
+            self.request.transport.write(self.frame(data))
+        interval = self.jano.settings.heartbeat
+        self.timer = asyncio.get_running_loop().call_later(interval, self.beat)
 
 
-async def forward(call: Call) -> web.StreamResponse:
-    """Wait for the turn, then pass the answer on. Raises ApiError."""
-    worker, tried = call.worker, False
-    while True:
-        if worker:
-            await wait_for_turn(call, worker.enqueue(call))
-            call.to = worker.models[call.model]  # a reload may have moved it meanwhile
-        else:
-            call.granted = clock()
-        try:
-            upstream = await open_upstream(call)
-            break
-        except NOT_SENT:
-            if tried or not worker:
-                text = f'backend "{call.model}" cannot be reached'
-                raise ApiError(502, text, "backend_unreachable") from None
-            tried = True
-            worker.lost(call)
-    try:
-        return await relay(call, upstream)
-    finally:  # unless the answer was whole, this closes the connection, so the backend stops
-        upstream.close()
+def end_to_end(head: Any, drop: set[bytes]) -> list[bytes]:
+    """The header lines of a request or an answer, less those to drop and those for this hop, some
+    of which Connection names (RFC 9110, 7.6.1)."""
+    if "Connection" in head.headers:
+        value = ",".join(head.headers.getall("Connection")).lower()
+        drop.update(os.fsencode(token.strip()) for token in value.split(","))
+    lines = []
+    for name, value in head.raw_headers:
+        lower = name.lower()
+        if lower not in HOP_BY_HOP and lower not in drop:
+            lines.append(name + b": " + value)
+    return lines
 
 
-async def wait_for_turn(call: Call, turn: asyncio.Future[None]) -> None:
-    """Await the turn. After HEARTBEAT_MS a streaming client gets its headers, and then comments,
-    lines that every parser of server-sent events skips (HTML standard, 9.2.6)."""
-    heartbeat = call.jano.settings.heartbeat_ms / 1000
-    while call.streaming and heartbeat and not turn.done():
-        await asyncio.wait({turn}, timeout=heartbeat)
-        if turn.done():
-            break
-        if call.response is None:
-            call.response = web.StreamResponse(headers={
-                "Content-Type": "text/event-stream", "Cache-Control": "no-cache",
-                "X-Accel-Buffering": "no", "x-request-id": call.id})
-            await call.response.prepare(call.request)
-        await call.response.write(b": waiting\n\n")
-    await turn
-
-
-async def open_upstream(call: Call) -> aiohttp.ClientResponse:
-    """The backend's answer, its body still to come. Raises ApiError, or one of NOT_SENT."""
-    request, drop = call.request, NOT_PASSED_ON | call.jano.key_headers(call.request)
-    if request.headers.get("Content-Encoding", "").lower() in INFLATED:
-        drop.add("content-encoding")
-    if call.response is not None:  # its headers are out and name no encoding
-        drop.add("accept-encoding")
-    # encoded=True: path and query in the client's own spelling.
-    url = type(request.rel_url)(call.to.url + request.rel_url.raw_path_qs, encoded=True)
-    try:
-        return await call.jano.session.post(
-            url, data=call.body if len(call.body) < 2**20 else io.BytesIO(call.body),
-            headers=end_to_end(request.headers, drop), skip_auto_headers=NOT_INVENTED,
-            allow_redirects=False)
-    except NOT_SENT:
-        raise
-    except asyncio.TimeoutError:
-        raise ApiError(504, f'backend "{call.model}" is silent', "backend_timeout") from None
-    except BROKEN as error:  # the kind of it only: aiohttp's messages quote what the backend sent
-        text = f'backend "{call.model}" died ({type(error).__name__})'
-        raise ApiError(502, text, "backend_died") from None
-
-
-class Answer(aiohttp.ClientResponse):
-    """A backend's answer."""
-
-    async def start(self, connection: Any) -> aiohttp.ClientResponse:
-        protocol = connection.protocol
-        await super().start(connection)
-        # The next request may have this connection if the backend promises to keep it, and this is
-        # a good answer of known length: after a refusal, a body that the backend has not read might
-        # pass for a request, and llama-server closes after a stream whatever it has promised.
-        if not self.ok or self.content_length is None or "Keep-Alive" not in self.headers:
-            protocol.force_close()
-            if self.content.is_eof():  # it is in the pool already
-                protocol.close()
-            elif (closed := protocol.closed) is not None:
-                closed.add_done_callback(self.fail_reader)
-        return self
-
-    def fail_reader(self, closed: asyncio.Future[None]) -> None:
-        """aiohttp closes a connection whose chunks cease to be HTTP, but wakes no reader."""
-        # An answer without a length ends with its connection, but with a reset it has not ended.
-        # (To look at the exception also keeps asyncio from complaining that nobody does.)
-        cut = (not closed.cancelled() and closed.exception() is not None
-               and self.content_length is None and "Transfer-Encoding" not in self.headers)
-        if (cut or not self.content.is_eof()) and self.content.exception() is None:
-            self.content.set_exception(aiohttp.ClientPayloadError())
-
-
-def answer_head(call: Call, upstream: aiohttp.ClientResponse) -> web.StreamResponse:
-    """The backend's status and headers, and jano's."""
-    response = web.StreamResponse(status=upstream.status, reason=clean(upstream.reason or ""),
-                                  headers=end_to_end(upstream.headers, set()))
-    response[GIVEN] = {name.lower() for name in response.headers}
-    response.headers.setdefault("x-request-id", call.id)
-    waited = (call.granted or 0) - call.arrived
-    timing = f"queue;dur={ms(waited)}, swap;dur={ms(call.swapping)}"
-    response.headers.add("Server-Timing", timing)
-    if upstream.content_type == "text/event-stream":
-        response.headers["X-Accel-Buffering"] = "no"
-    return response
-
-
-async def relay(call: Call, upstream: aiohttp.ClientResponse) -> web.StreamResponse:
-    """Pass the answer on as it comes; break the connection if the backend dies on the way."""
-    response, status = call.response, upstream.status
-    events = upstream.content_type == "text/event-stream"
-    counted = events or upstream.content_type.endswith("json")
-    if status < 200 or (response is not None and not (upstream.ok and events)):
-        raise await refusal(call, upstream)
-    if response is None:
-        response = call.response = answer_head(call, upstream)
-    left = 0 if status in (204, 304) else response.content_length  # None: until the backend ends
-    if left == 0:
-        call.jano.settle(call, status)
-    # What has come along with the headers goes out along with them, in one packet.
-    chunk = b"" if upstream.content.exception() else upstream.content.read_nowait()
-    response._send_headers_immediately = not chunk
-    await response.prepare(call.request)
-    loop, patience = asyncio.get_running_loop(), call.jano.settings.request_timeout_ms / 1000
-    while left != 0:
-        try:
-            chunk = chunk or await upstream.content.readany()
-            if not chunk and (reset := upstream.content.exception()):
-                raise reset
-        except BROKEN as error:
-            silent = isinstance(error, asyncio.TimeoutError)
-            how = "fell silent" if silent else "died"
-            call.failure = f'backend "{call.model}" {how} in the middle of an answer'
-            call.jano.settle(call, 504 if silent else 502)
-            abort(call.request)
-            return response
-        call.first_byte = call.first_byte or clock()
-        if counted:
-            call.tail.feed(chunk)
-        left = left and left - len(chunk)
-        if left == 0 or not chunk:
-            call.jano.settle(call, status)
-        # aiohttp's own timeout is for the backend; this one is for a client that does not read.
-        cutoff = loop.call_later(patience, abort, call.request)
-        try:
-            await response.write(chunk)
-        finally:  # or the timer would keep the request, with its body, of a client that has left
-            cutoff.cancel()
-        if not chunk:
-            break
-        chunk = b""
-    return response
-
-
-async def refusal(call: Call, upstream: aiohttp.ClientResponse) -> ApiError:
-    """What a backend said instead of a stream, for a client whose 200 is out already."""
-    text, body = f'backend "{call.model}" answered {upstream.status} and no stream', b""
-    error = ApiError(502 if upstream.status < 400 else upstream.status, text, "backend_error")
-    with contextlib.suppress(*BROKEN, ApiError):
-        while len(body) < 2**16 and (chunk := await upstream.content.readany()):
-            body += chunk
-        if isinstance(found := parse_object(body).get("error"), dict):
-            error.payload["error"] = found
-    return error
-
-
-def abort(request: web.Request) -> None:
-    """Break the connection, so that nobody takes a cut answer for a whole one. With a reset: the
-    plain end of a connection is how an HTTP/1.0 answer ends well."""
-    if transport := request.transport:
-        if client := transport.get_extra_info("socket"):
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        transport.abort()
-
-
-def end_to_end(headers: Any, drop: set[str]) -> list[tuple[str, str]]:
-    """What a proxy passes on, repeated headers included; drop names more, in lower case."""
-    drop = drop | HOP_BY_HOP | words(",".join(headers.getall("Connection", ())))
-    spelt: dict[str, str] = {}  # as at first: two spellings of a name would overwrite each other
-    return [(spelt.setdefault(name.lower(), name), clean(value))
-            for name, value in headers.items() if name.lower() not in drop]
-
-
-def clean(text: str) -> str:
-    """A header's value without what aiohttp's writer refuses: control characters, and the half
-    surrogates that stand for bytes beyond UTF-8."""
-    if text.isascii() and text.isprintable():
-        return text
-    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    return re.sub(r"[\0-\x08\x0a-\x1f\x7f]", "", text)
-
-# ------------------------------------------------------------------------------ telemetry ----
-
-
-def log(level: str, msg: str, **fields: object) -> None:
-    """One compact JSON object a line, on stdout. Never a prompt, an answer, a header or a key."""
-    line = {"t": utc(time.time()), "level": level, "msg": msg, **fields}
-    # A full disk, a closed pipe, no stdout: serve on, and keep nothing that fails again at the end.
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        os.write(sys.stdout.fileno(), f"{compact(line)}\n".encode())
-
-
-compact = json.JSONEncoder(separators=(",", ":")).encode  # json.dumps would build one a line
-
-
-def utc(epoch: float) -> str:
-    text = datetime.fromtimestamp(epoch, timezone.utc).isoformat(timespec="milliseconds")
-    return text.replace("+00:00", "Z")
-
-
-def ms(seconds: float) -> int:
-    return round(seconds * 1000)
-
-
-class Tail:
-    """The first and last bytes of an answer, where its token counts stand.
-
-    As OpenAI and Anthropic (usage), llama.cpp (timings) or Ollama (eval_count) report them. Not
-    parsed, as most of the answer is gone by; but a quote within its text would be escaped, so what
-    reads `"prompt_tokens": 1` is no part of that.
-    """
-
-    KEEP = 2**13  # bytes, at either end
-    NUMBER = re.compile(
-        rb'"((?:prompt|input|completion|output)_tokens|(?:prompt_)?eval_(?:count|duration)'
-        rb'|(?:prompt|predicted)_(?:n|per_second))"\s*:\s*([0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?)')
-
-    def __init__(self) -> None:
-        self.head, self.tail = b"", b""
-
-    def feed(self, chunk: bytes) -> None:
-        if len(self.head) < self.KEEP:
-            self.head += chunk[: self.KEEP]
-        self.tail = (self.tail + chunk[-self.KEEP :])[-self.KEEP :]
-
-    def tokens(self) -> tuple[int | None, int | None, float | None, float | None]:
-        """Prompt tokens, generated tokens, each per second; None: the backend does not say."""
-        found = {name.decode(): float(number)  # the last one counts, as streams add up
-                 for name, number in self.NUMBER.findall(self.head + self.tail)
-                 if float(number) < 1e15}
-
-        def first(*names: str) -> int | None:
-            return next((int(found[name]) for name in names if name in found), None)
-
-        def rate(name: str, ollama: str) -> float | None:
-            nanoseconds = found.get(f"{ollama}_duration")
-            timed = found.get(f"{ollama}_count", 0) / nanoseconds * 1e9 if nanoseconds else None
-            value = found.get(name, timed)
-            return None if value is None else round(value, 1)
-
-        return (first("prompt_tokens", "input_tokens", "prompt_eval_count", "prompt_n"),
-                first("completion_tokens", "output_tokens", "eval_count", "predicted_n"),
-                rate("prompt_per_second", "prompt_eval"), rate("predicted_per_second", "eval"))
-
-
-class Telemetry:
-    """What has happened since the start, in bounded memory however long that was."""
-
-    BUCKETS = (0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300)  # seconds a swap takes
-
-    def __init__(self, records_max: int) -> None:
-        self.started = time.time()
-        self.records: deque[dict[str, Any]] = deque(maxlen=records_max)  # of /usage, oldest first
-        self.requests: Counter[tuple[str, int]] = Counter()  # by model and status
-        self.tokens: Counter[str] = Counter()  # generated, by model
-        self.prompt_tokens: Counter[str] = Counter()
-        self.rates: dict[str, deque[float]] = {}  # "gen", "prompt" or a model's -> tokens a second
-        self.finished: deque[float] = deque(maxlen=10_000)  # epoch seconds; so are the next two
-        self.errors: deque[float] = deque(maxlen=10_000)
-        self.swap_times: deque[float] = deque(maxlen=10_000)
-        self.last_error: dict[str, Any] | None = None
-        self.health: dict[str, str] = {}  # model -> "up" or "down", if known
-        self.loaded_at: dict[str, str] = {}  # model -> when it was last loaded
-        self.swaps: Counter[tuple[str, str]] = Counter()  # by from and to, the good ones
-        self.swap_failures: Counter[str] = Counter()
-        self.recent_swaps: deque[dict[str, Any]] = deque(maxlen=50)
-        self.swap_buckets = [0] * (len(self.BUCKETS) + 1)
-        self.swap_seconds = 0.0
-        self.first_arrived: dict[str, str] = {}  # group -> model
-        self.last_arrived: dict[str, str] = {}
-        self.changes = 0  # of model in the order of arrival: what a naive proxy would swap
-
-    def arrived(self, worker: Worker, model: str) -> None:
-        self.first_arrived.setdefault(worker.group, model)
-        self.changes += self.last_arrived.get(worker.group, worker.loaded) != model
-        self.last_arrived[worker.group] = model
-
-    def detected(self, worker: Worker, loaded: str) -> None:
-        """loaded was so from the start, also when the first request came before we knew."""
-        self.changes -= self.first_arrived.get(worker.group) == loaded
-        self.health[loaded], self.loaded_at[loaded] = "up", utc(time.time())
-
-    def settled(self, call: Call, status: int, now: float) -> None:
-        """Count a request that is over; now is on the clock."""
-        epoch, model, begin = time.time(), call.model, call.first_byte
-        prompt, generated, prompt_rate, rate = call.tail.tokens()
-        if rate is None and generated and call.streaming and begin and now - begin >= 0.05:
-            rate = round(generated / (now - begin), 1)  # what took less came in one go
-        self.records.append({
-            "ts": utc(epoch), "id": call.id, "model": model, "path": call.request.path,
-            "status": status, "queue_ms": ms((call.granted or now) - call.arrived),
-            "total_ms": ms(now - call.arrived),
-            "ttfb_ms": begin and ms(begin - (call.granted or 0)), "prompt_tokens": prompt,
-            "gen_tokens": generated, "gen_tok_s": rate, "prompt_tok_s": prompt_rate})
-        self.finished.append(epoch)
-        self.requests[model, status] += 1
-        if status >= 500:
-            self.errors.append(epoch)
-            text = call.failure or f"the backend answered {status}"
-            self.last_error = {"ts": utc(epoch), "model": model, "message": text}
-        if status in (502, 504):
-            self.health[model] = "down"
-        if 200 <= status < 300:
-            self.health[model] = "up"
-            self.tokens[model] += generated or 0
-            self.prompt_tokens[model] += prompt or 0
-            for name, value in (("gen", rate), ("prompt", prompt_rate), (f"of {model}", rate)):
-                if value is not None:
-                    self.rates.setdefault(name, deque(maxlen=30)).append(value)
-
-    def swapped(self, previous: str | None, model: str, seconds: float, ok: bool) -> None:
-        now = time.time()
-        self.recent_swaps.append(
-            {"ts": utc(now), "from": previous, "to": model, "ms": ms(seconds), "ok": ok})
-        self.health.pop(previous or "", None)
-        self.health[model] = "up" if ok else "down"
-        if ok:
-            self.loaded_at[model] = utc(now)
-            self.swap_times.append(now)
-            self.swaps[previous or "", model] += 1
-            self.swap_seconds += seconds
-            self.swap_buckets[bisect_left(self.BUCKETS, seconds)] += 1
-        else:
-            self.swap_failures[model] += 1
-
-    def status(self, models: Iterable[str]) -> dict[str, Any]:
-        """The half of /status that is history."""
-        now, swaps = time.time(), self.swaps.total()
-        took = [swap["ms"] for swap in self.recent_swaps if swap["ok"]]
-        avoided = max(0, self.changes - swaps - self.swap_failures.total())
-        served = Counter(dict.fromkeys(models, 0))
-        for (model, status), count in self.requests.items():
-            if 200 <= status < 300:
-                served[model] += count
-
-        def since(times: deque[float], seconds: int) -> int:
-            return len(times) - bisect_left(times, now - seconds)
-
-        def rate(name: str) -> float | None:
-            rates = self.rates.get(name)
-            return round(sum(rates) / len(rates), 1) if rates else None
-
-        return {
-            "lastSwapDurationMs": took[-1] if took else None,
-            "recentSwaps": list(self.recent_swaps),
-            "swapsLast15m": since(self.swap_times, 900),
-            "swapsLastHour": since(self.swap_times, 3600),
-            "swapsTotal": swaps, "swapsAvoided": avoided,
-            "swapTimeSavedMs": ms(avoided * self.swap_seconds / swaps) if swaps else None,
-            "recentGenTokS": rate("gen"), "recentPromptTokS": rate("prompt"),
-            "tokSByModel": {model: rate(f"of {model}") for model in models
-                            if f"of {model}" in self.rates},
-            "uptimeSeconds": int(now - self.started),
-            "requestsServedTotal": served.total(), "requestsByModel": served,
-            "tokensGeneratedTotal": self.tokens.total(),
-            "tokensByModel": {model: self.tokens[model] for model in models},
-            "requestsPerMinute": since(self.finished, 60),
-            "errorsLast15m": since(self.errors, 900), "lastError": self.last_error,
-            "backendHealth": {model: self.health.get(model, "unknown") for model in models}}
-
-    def metrics(self, status: dict[str, Any]) -> str:
-        """status, and what it leaves out, as Prometheus text (exposition format 0.0.4)."""
-        lines: list[str] = []
-
-        def family(name: str, kind: str, text: str, samples: Mapping[Any, object]) -> None:
-            """name has its labels' names behind it; samples: the labels' values -> the sample."""
-            name, *labels = name.split()
-            lines.extend([f"# HELP jano_{name} {text}", f"# TYPE jano_{name} {kind}"])
-            for found, value in samples.items():
-                # JSON escapes what this format does: names of models hold no control character.
-                values = (json.dumps(str(each), ensure_ascii=False)
-                          for each in (found if isinstance(found, tuple) else [found]))
-                pairs = ",".join(map("=".join, zip(labels, values)))
-                lines.append(f"jano_{name}{{{pairs}}} {value}" if pairs else f"jano_{name} {value}")
-
-        health, saved = status["backendHealth"], status["swapTimeSavedMs"]
-        loaded = [group["currentModel"] for group in status.get("groups", {"": status}).values()]
-        family("uptime_seconds", "gauge", "Since the start.", {(): time.time() - self.started})
-        family("in_flight", "gauge", "Requests at a backend.", {(): status["inFlight"]})
-        family("model_loaded model", "gauge", "1: it owns its group's memory.",
-               {model: int(model in loaded) for model in health})
-        family("queue_depth model", "gauge", "Requests that wait.", status["queueByModel"])
-        family("requests_total model status", "counter", "Finished requests; 499: the client left.",
-               self.requests)
-        family("tokens_generated_total model", "counter", "Tokens of answers.", self.tokens)
-        family("prompt_tokens_total model", "counter", "Tokens of prompts.", self.prompt_tokens)
-        family("generation_tokens_per_second model", "gauge", "Mean of the last 30 answers.",
-               status["tokSByModel"])
-        family("swaps_total from to", "counter", "Swaps made.", self.swaps)
-        family("swap_failures_total model", "counter", "Swaps failed.", self.swap_failures)
-        family("swaps_avoided", "gauge", "Changes of model as requests arrive, minus all swaps.",
-               {(): status["swapsAvoided"]})
-        family("swap_time_saved_seconds", "gauge", "Swaps avoided, times the mean swap's duration.",
-               {} if saved is None else {(): saved / 1000})
-        family("backend_up model", "gauge", "1: it was fine when last heard of.",
-               {model: int(state == "up") for model, state in health.items()})
-        family("swap_duration_seconds", "histogram", "From the script's start until ready.", {})
-        for bound, count in zip((*self.BUCKETS, "+Inf"), accumulate(self.swap_buckets)):
-            lines.append(f'jano_swap_duration_seconds_bucket{{le="{bound}"}} {count}')
-        lines.append(f"jano_swap_duration_seconds_sum {self.swap_seconds}")
-        lines.append(f"jano_swap_duration_seconds_count {sum(self.swap_buckets)}")
-        return "\n".join(lines) + "\n"
-
-# -------------------------------------------------------------------------- HTTP handlers ----
+async def refuse_unless_stream(upstream: Upstream, head: RawResponseMessage) -> None:
+    """The client has the head of a stream of events, because of its heartbeats. Raises ApiError,
+    in the backend's words (OpenAI's, vLLM's or FastAPI's form, or text), if the answer is none."""
+    encoding = head.headers.get("Content-Encoding", "identity")
+    stream = "event-stream" in head.headers.get("Content-Type", "") and encoding == "identity"
+    if head.code == 200 and stream:
+        return
+    body = upstream.take()
+    with contextlib.suppress(BackendError):
+        while len(body) < BUFFER and not upstream.complete():
+            await upstream.more()
+            body += upstream.take()
+    text = body.decode(errors="replace").strip() if encoding == "identity" else ""
+    words: Any = None
+    with contextlib.suppress(ValueError):
+        words = json.loads(text)
+    for key in ("error", "message", "detail"):
+        if isinstance(words, dict) and key in words:
+            words = words[key]
+    words = words if isinstance(words, str) else text
+    words = words[:500] or f"the backend answered {head.code} and no stream"
+    raise ApiError(head.code if head.code >= 400 else 502, words, "backend_error")
 
 
 class Jano:
-    """All the state: settings, models, a worker for each group, telemetry, who is being served."""
+    """All the state, and the front door: who may ask, what for, and what becomes of it."""
 
-    def __init__(self, settings: Settings, session: aiohttp.ClientSession) -> None:
-        self.settings, self.session = settings, session
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
         self.telemetry = Telemetry(settings.usage_records_max)
         self.models: dict[str, Model] = {}
         self.names: dict[str, Model] = {}  # names and aliases, without their case
         self.workers: dict[str, Worker] = {}  # by group
-        self.calls: dict[Call, None] = {}  # waiting or in flight, oldest first
-        self.tasks: set[asyncio.Task[Any]] = set()  # their handlers, until the last byte is out
+        self.calls: dict[Call, asyncio.Task[Any]] = {}  # until the last byte is out, oldest first
+        self.held_bytes = 0  # of their bodies
+        self.idle: defaultdict[tuple[str, str], Idle] = defaultdict(Idle)  # by origin
         self.last_id = 0
-        self.stopping = False
-        self.origins = words(settings.jano_cors_origins)
+        self.port = 0
         self.hosts: set[str] = set()  # whose names are known; empty: any
+        self.stopping = False
+        self.routes: dict[str, tuple[str, Handler]] = {
+            **dict.fromkeys((*HEALTH_ROUTES, "/status"), ("GET", self.get_health)),
+            **dict.fromkeys(("/models", "/v1/models", "/v1/models/"), ("GET", self.get_models)),
+            "/usage": ("GET", self.get_usage),
+            "/metrics": ("GET", self.get_metrics),
+            "/": ("GET", self.get_page),
+            "/load": ("POST", self.post_load),
+            "/unload": ("POST", self.post_unload),
+            **dict.fromkeys(("/api/version", "/api/tags", "/api/ps"), ("GET", self.get_ollama)),
+            "/api/show": ("POST", self.post_show),
+        }
 
     def adopt(self, models: list[Model]) -> None:
         """Use these models from now on; queued tickets and what is loaded stay as they are."""
+        self.models = {model.name: model for model in models}
+        self.names = {}
         for model in models:
+            self.names |= dict.fromkeys(model.keys, model)
             if not model.passthrough:
                 if model.group not in self.workers:
                     self.workers[model.group] = Worker(model.group, self)
-                worker = self.workers[model.group]
-                worker.models[model.name] = model  # one gone from the file stays for its tickets
-                worker.slots[model.name] = model.slots
+                self.workers[model.group].adopt(model)
         for worker in self.workers.values():
+            worker.failures.clear()
             worker.advance()
-        self.models = {model.name: model for model in models}
-        self.names = {name.casefold(): model
-                      for model in models for name in (model.name, *model.aliases)}
 
     def worker_of(self, model: Model) -> Worker | None:
         """None for a passthrough model."""
         return None if model.passthrough else self.workers[model.group]
 
-    def begin(self, call: Call) -> None:
-        """From here on the request is known, and counted when settled. Or ApiError."""
-        waiting = sum(worker.depth() for worker in self.workers.values())
-        if self.stopping:
-            raise ApiError(*SHUTTING_DOWN)
-        if call.worker:
-            held = sum(len(other.body) for other in self.calls)
-            if waiting >= self.settings.max_queue or held > max(0, MAX_HELD - len(call.body)):
-                text = f"the queue is full: {waiting} requests wait, with {held >> 20} MB"
-                raise ApiError(503, text, "queue_full", 5)
-            log("info", "enqueued", id=call.id, model=call.model)
-        self.calls[call] = None
-        if task := asyncio.current_task():
-            self.tasks.add(task)
-            task.add_done_callback(self.tasks.discard)
+    def state_of(self, model: Model) -> str:
+        """What /v1/models says of it."""
+        worker = self.worker_of(model)
+        if worker is None or worker.schedule.name_of(model.name) == worker.schedule.loaded:
+            return "loaded"
+        return "loading" if worker.schedule.name_of(model.name) == worker.swapping else "unloaded"
 
-    def settle(self, call: Call, status: int) -> None:
-        """The request is over: free its slot, count it; once, and before the client can tell."""
-        if call not in self.calls:
-            return
-        del self.calls[call]
-        now = clock()
-        if worker := call.worker:
-            worker.leave(call)
-        self.telemetry.settled(call, status, now)
-        told = {"id": call.id, "model": call.model, "status": status, "ms": ms(now - call.arrived)}
-        if call.granted is not None:
-            level = "error" if call.failure else "info"
-            log(level, "served", **told, aborted=status == CLIENT_LEFT)
-        elif status == CLIENT_LEFT:
-            log("info", "client disconnected", **told)
-        else:
-            log("warn", "not served", **told, reason=call.failure)
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer one request; every error in the dialect of who asks."""
+        try:
+            self.check_client(request)
+            response = await self.dispatch(request)
+        except ApiError as error:
+            response = error.response(request)
+        if not isinstance(response, Written):
+            response.headers["Server"] = f"jano/{__version__}"
+            response.headers.update(self.cors_headers(request))
+        return response
 
-    def status(self) -> dict[str, Any]:
-        """The payload of /health and /status."""
-        now, waiting = clock(), [call for call in self.calls if not call.running]
-        queued = Counter(call.model for call in waiting)
-        swapped = [model for model in self.models.values() if not model.passthrough]
-        workers = {model.group: self.workers[model.group] for model in swapped}
-        groups = {group: {
-            "currentModel": worker.loaded,
-            "currentModelLoadedAt": worker.loaded and self.telemetry.loaded_at[worker.loaded],
-            "swapping": worker.swapping, "queueDepth": worker.depth(),
-            "inFlight": len(worker.in_flight)} for group, worker in workers.items()}
-        return {
-            "ok": not any(worker.closed for worker in self.workers.values()),
-            **next(iter(groups.values())),
-            "queueDepth": len(waiting), "inFlight": len(self.calls) - len(waiting),
-            "queueByModel": {model: queued[model] for model in self.models},
-            "oldestWaitingMs": ms(now - waiting[0].arrived) if waiting else 0,
-            **self.telemetry.status(self.models),
-            "active": [{"id": call.id, "model": call.model,
-                        "state": "running" if call.running else "waiting",
-                        "queue_ms": ms((call.granted or now) - call.arrived),
-                        "total_ms": ms(now - call.arrived)} for call in islice(self.calls, 200)],
-            **({"groups": groups} if len(groups) > 1 else {})}
+    def check_client(self, request: web.BaseRequest) -> None:
+        """Known Hosts, allowed Origins, and whoever shows the key may ask. Raises ApiError."""
+        host, origin = request.headers.get("Host"), request.headers.get("Origin")
+        if self.hosts and host is not None:
+            name = host_name(host)
+            if name not in self.hosts and not name.endswith((".localhost", ".internal")):
+                # DNS rebinding: a web page's own name that points at 127.0.0.1 now.
+                text = f"unknown Host {shown(host)}, see JANO_ALLOWED_HOSTS"
+                raise ApiError(403, text, "host_not_allowed")
+        own = {f"http://{host}".lower(), f"https://{host}".lower()} if origin else ()
+        if origin and origin.lower() not in own and not self.cors_headers(request):
+            text = f"unknown Origin {shown(origin)}, see JANO_CORS_ORIGINS"
+            raise ApiError(403, text, "origin_not_allowed")
+        open_to_all = request.method == "OPTIONS" or request.path in HEALTH_ROUTES
+        if self.settings.api_key and not open_to_all and not self.key_headers(request):
+            # A browser that opens the page asks its user; no program is made to ask anybody.
+            ask = {"WWW-Authenticate": 'Basic realm="jano"'} if request.path == "/" else {}
+            text = "the API key is missing or wrong: send it as Authorization: Bearer"
+            raise ApiError(401, text, "invalid_api_key", ask)
 
-    def key_headers(self, request: web.Request) -> set[str]:
-        """The headers that show JANO_API_KEY; they are for jano alone."""
-        scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
-        found = {"authorization": bearer.strip() if scheme.lower() == "bearer" else "",
-                 "x-api-key": request.headers.get("x-api-key", "")}
-        key = self.settings.jano_api_key.encode("utf-8", "surrogateescape")
-        return {name for name, value in found.items()
-                if key and hmac.compare_digest(value.encode("utf-8", "surrogateescape"), key)}
+    def key_headers(self, request: web.BaseRequest) -> set[bytes]:
+        """The headers that show JANO_API_KEY, in lower case. They are for jano alone."""
+        scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+        if scheme.lower() == "basic":  # with any user name (RFC 7617)
+            with contextlib.suppress(ValueError):
+                key = base64.b64decode(key).decode().partition(":")[2]
+        values = {"authorization": key.strip() if scheme.lower() in ("basic", "bearer") else ""}
+        values |= {name: request.headers.get(name, "") for name in ("x-api-key", "api-key")}
+        right = os.fsencode(self.settings.api_key)
+        equal = hmac.compare_digest  # in a time that tells nothing
+        return {name.encode() for name, key in values.items() if equal(os.fsencode(key), right)}
 
-    def may_ask(self, request: web.Request) -> bool:
-        return not self.settings.jano_api_key or bool(self.key_headers(request))
+    def cors_headers(self, request: web.BaseRequest) -> dict[str, str]:
+        """For a page of an allowed origin, so that it may read the answer (Fetch standard, 3.2)."""
+        origin = request.headers.get("Origin")
+        allowed = self.settings.cors_origins
+        if origin is None or not any(re.fullmatch(each, origin.lower()) for each in allowed):
+            return {}
+        exposed = "x-request-id, Server-Timing, Retry-After"
+        headers = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
+        return headers | {"Access-Control-Expose-Headers": exposed}
 
-    def allows(self, origin: str) -> bool:
-        """Whether pages of this origin may read the answers (CORS)."""
-        return bool({"*", origin.lower()} & self.origins)
+    async def dispatch(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Jano's own routes, or else a backend. Raises ApiError."""
+        method = "GET" if request.method == "HEAD" else request.method
+        path = request.path
+        own = "/v1/models/" if path.startswith("/v1/models/") else path
+        allowed, handler = self.routes.get(own, ("POST", None))
+        if method == "OPTIONS":  # before a page of another origin may ask (Fetch standard, 3.2)
+            asked = request.headers.get("Access-Control-Request-Headers", "*")
+            headers = {"Access-Control-Allow-Headers": asked, "Access-Control-Max-Age": "600"}
+            return web.Response(status=204, headers=PREFLIGHT | headers)
+        if handler and method == allowed:
+            response = await handler(request)
+            if path in ("/load", "/unload") and "text/html" in request.headers.get("Accept", ""):
+                return web.Response(status=303, headers={"Location": "/"})  # a browser: the page
+            return response
+        if request.headers.get("Upgrade", "").lower() == "websocket":
+            upgrade = {"Upgrade": "HTTP/1.1", "Connection": "upgrade"}  # RFC 9110, 15.5.22
+            raise ApiError(426, "WebSockets are not served here", "no_websocket", upgrade)
+        named = path.startswith(UPSTREAM) or "X-Model" in request.headers
+        if handler is None and (method == "POST" or named or "model" in request.query):
+            return await self.serve(await self.read_call(request))
+        if handler is None and method == "GET":
+            text = f"there is no {shown(path)} here; name a model to ask its backend"
+            raise ApiError(404, text, "unknown_route")
+        allow = {"Allow": f"{allowed}, OPTIONS".replace("GET", "GET, HEAD")}
+        raise ApiError(405, f"{method} is not for this path", "method_not_allowed", allow)
 
+    async def read_call(self, request: web.BaseRequest) -> Call:
+        """Read the request and find its model. Raises ApiError."""
+        body = await self.read_body(request)
+        name, target = self.read_target(request)
+        upstream = request.path.startswith(UPSTREAM)
+        path = unquote(target.partition("?")[0]) if upstream else request.path
+        fields: dict[str, Any] = {}
+        part = None  # where in a form its model stands
+        try:
+            if request.content_type.startswith("multipart/"):
+                part = form_model(request.headers["Content-Type"], body)
+                fields = {"model": body[part].decode(errors="replace")} if part else {}
+            elif request.method == "POST":
+                fields = parse_object(body)
+        except ApiError:
+            if not name:  # otherwise it is the backend's matter
+                raise
+        if not upstream:
+            name = fields.get("model") or name
+        model = self.find_model(name, path)
+        if model.upstream_model and part:
+            body = body[: part.start] + model.upstream_model.encode() + body[part.stop :]
+        elif model.upstream_model and "model" in fields:
+            body = rewritten({**fields, "model": model.upstream_model})
+        stream = bare(path) if fields.get("stream") is True and bare(path) in STREAMS else ""
+        self.last_id += 1
+        return Call(
+            model=model.name,
+            arrived=clock(),
+            tier=TIERS.get(str(fields.get("service_tier")), DEFAULT),
+            id=str(self.last_id),
+            jano=self,
+            request=request,
+            entry=model,
+            worker=self.worker_of(model) if request.method == "POST" else None,
+            target=target,
+            body=body,
+            stream=stream,
+        )
 
-JANO = web.AppKey("JANO", Jano)
-CLIENT_LEFT = 499  # nginx's status for it
-SHUTTING_DOWN = (503, "jano is shutting down", "shutting_down", 5)
-TIERS = {"priority": PRIORITY, "flex": FLEX}
-MAX_PARTS = 1000  # of a form
-MAX_HELD = 2**30  # bytes of the bodies of all requests together; a lone one may be larger
+    async def read_body(self, request: web.BaseRequest) -> bytes:
+        """The whole body, unpacked if it came packed. Raises ApiError."""
+        limit = self.settings.max_body_mb
+        text = f"the body is larger than {limit} MB (MAX_BODY_MB)"
+        if (request.content_length or 0) > limit * 2**20:
+            raise ApiError(413, text, "body_too_large")
+        # curl asks by itself. HTTP/1.0 knows no such question (RFC 9110, 10.1.1).
+        asks = request.headers.get("Expect", "").lower() == "100-continue"
+        if asks and request.version >= (1, 1):
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if request.content.is_eof() and not request.content.exception():  # it has come already
+            body = request.content.read_nowait()
+            if len(body) > limit * 2**20:
+                raise ApiError(413, text, "body_too_large")
+            return body
+        try:
+            return await request.read()
+        except web.HTTPRequestEntityTooLarge:
+            raise ApiError(413, text, "body_too_large") from None
+        except (web.RequestPayloadError, ValueError):
+            raise ApiError(400, "the body is damaged", "invalid_body") from None
 
+    def read_target(self, request: web.BaseRequest) -> tuple[Any, str]:
+        """The model that is named beside the body, if any; path and query for its backend."""
+        target = request.raw_path if request.raw_path[:1] == "/" else request.rel_url.raw_path_qs
+        target = target.partition("#")[0]
+        if not request.path.startswith(UPSTREAM):
+            name = request.query.get("model") if "?" in target else None
+            return name or request.headers.get("X-Model"), target
+        path, mark, query = target.partition("?")
+        steps = path.removeprefix(UPSTREAM).split("/")
+        for count in range(len(steps), 0, -1):  # a name may have slashes
+            name = unquote("/".join(steps[:count]))
+            if name.casefold() in self.names:
+                return name, "/" + "/".join(steps[count:]) + mark + query
+        return unquote(steps[0]), "/"
 
-async def serve(request: web.Request) -> web.StreamResponse:
-    """POST anything: find the model, wait for its turn, pass the answer on."""
-    jano = request.app[JANO]
-    own = request.path in OWN_ROUTES or request.path.startswith("/v1/models/")
-    if request.method in ("GET", "HEAD"):
-        raise ApiError(404, f"there is no {shown(request.path)} here", "unknown_route")
-    if request.method != "POST" or own:
-        error = ApiError(405, f"{request.method} is not for this path", "method_not_allowed")
-        error.headers["Allow"] = "GET, HEAD, OPTIONS" if own else "POST, OPTIONS"
-        raise error
-    call = await read_call(jano, request)
-    jano.begin(call)
-    try:
-        return await forward(call)
-    except ApiError as error:
-        call.failure = str(error)
-        jano.settle(call, error.status)
-        if call.response is None:
-            error.headers["x-request-id"] = call.id
-            raise
-        await call.response.write(error.event("anthropic-version" in request.headers))
-        return call.response
-    except (asyncio.CancelledError, ConnectionError):
-        jano.settle(call, CLIENT_LEFT)
-        abort(request)  # if it was our shutdown that cancelled, the answer must not look complete
-        raise
-    finally:
-        jano.settle(call, 500)  # settled long since, unless jano itself is wrong
-
-
-async def read_call(jano: Jano, request: web.Request) -> Call:
-    """Read the body and find the model: in JSON, a form, ?model=, X-Model, else by `endpoints`."""
-    try:
-        body = await request.read()
-    except web.HTTPRequestEntityTooLarge:
-        text = f"the body is larger than {jano.settings.max_body_mb} MB"
-        raise ApiError(413, text, "body_too_large") from None
-    except (web.RequestPayloadError, ValueError):
-        raise ApiError(400, "the body is damaged", "invalid_body") from None
-    fields: dict[str, Any] = {}
-    found: dict[bytes, re.Match[bytes]] = {}
-    name: object = None
-    hint = request.query.get("model") or request.headers.get("X-Model")
-    try:
-        if request.content_type.startswith("multipart/"):
-            name = await multipart_model(request, body)
-        elif len(body) < LARGE:
-            fields = parse_object(body)
-        else:
-            found = await members(body)
-            fields = parse_object(b"{%b}" % b",".join(m[0] for m in found.values()))
-    except ApiError:
-        if not hint:
-            raise
-    name = fields.get("model", name)
-    model = find_model(jano, hint if name is None else name, request.path)
-    wanted = model.upstream_model if "model" in fields else ""
-    if wanted and (member := (found or await members(body)).get(b"model")):
-        body = body[: member.start(2)] + json.dumps(wanted).encode() + body[member.end(2) :]
-    jano.last_id += 1
-    tier = TIERS.get(str(fields.get("service_tier")), DEFAULT)
-    # Ollama's own API, under /api/, streams lines of JSON, where an SSE comment would be an error.
-    streaming = fields.get("stream") is True and not request.path.startswith("/api/")
-    return Call(model=model.name, arrived=clock(), tier=tier, id=str(jano.last_id), jano=jano,
-                request=request, to=model, worker=jano.worker_of(model), body=body,
-                streaming=streaming, tail=Tail())
-
-
-def find_model(jano: Jano, name: object, path: str) -> Model:
-    """By its name or an alias; if there is no name, by the path. Raises ApiError 400."""
-    if name is None:
-        route = bare(path)
-        model = next((m for m in jano.models.values() if route in map(bare, m.endpoints)), None)
-    else:
-        model = jano.names.get(name.casefold()) if isinstance(name, str) else None
-    if model is None:
-        accepted = [name for model in jano.models.values() for name in (model.name, *model.aliases)]
-        text = "no model is named" if name is None else f"unknown model {shown(name)}"
+    def find_model(self, name: object, path: str = "", status: int = 400) -> Model:
+        """By its name or an alias; if there is no name, by `endpoints`. Raises ApiError."""
+        if isinstance(name, str) and name.casefold() in self.names:
+            return self.names[name.casefold()]
+        for model in self.models.values():
+            if not name and bare(path) in map(bare, model.endpoints):
+                return model
+        accepted = [name for model in self.models.values() for name in (model.name, *model.aliases)]
+        text = f"unknown model {shown(name)}" if name else "no model is named"
         text += f"; accepted: {', '.join(accepted)}"
-        raise ApiError(400, text, "model_not_found", param="model", accepted=accepted)
-    return model
+        raise ApiError(status, text, "model_not_found", accepted=accepted)
+
+    async def serve(self, call: Call) -> Written:
+        """From the queue to the last byte; counted, however it ends, before the client can tell."""
+        self.begin(call)
+        try:
+            try:
+                last = await self.take_turn(call)
+                self.settle(call, call.sent_status)
+            except ApiError as error:
+                words = f"the backend answered {error.status}"  # its own words may quote a prompt
+                words = words if error.code == "backend_error" else str(error)
+                self.settle(call, error.status, words)
+                error.headers["x-request-id"] = call.id
+                if not call.beats:
+                    raise
+                last = call.frame(error.event(call.stream), last=True)
+            await call.write(last)
+        except BackendError as error:
+            failure = f'backend "{call.model}" {error} in the middle of an answer'
+            self.settle(call, error.status, failure)
+            abort(call.request)
+        except (ConnectionError, TimeoutError):
+            self.settle(call, CLIENT_LEFT)
+            abort(call.request)
+        except asyncio.CancelledError:
+            self.settle(call, CLIENT_LEFT)
+            abort(call.request)  # when jano stops, too: the answer must not look complete
+            raise
+        finally:
+            if call.status is None:
+                self.settle(call, 500, "jano failed")
+                abort(call.request)
+            self.held_bytes -= len(call.body)
+            call.body = b""  # tracebacks may keep the call for a while
+            del self.calls[call]
+        return Written(call.keep_alive)
+
+    def begin(self, call: Call) -> None:
+        """From here on the request is known, until `serve` is through. Raises ApiError."""
+        if self.stopping:
+            raise SHUTTING_DOWN()
+        if call.worker:
+            full = self.held_bytes and self.held_bytes + len(call.body) > MAX_HELD
+            waiting = 0
+            if full or len(self.calls) >= self.settings.max_queue:
+                waiting = sum(worker.schedule.depth() for worker in self.workers.values())
+            if full or waiting >= self.settings.max_queue:
+                text = f"{waiting} requests wait, with {self.held_bytes >> 20} MB"
+                raise ApiError(503, f"the queue is full: {text}", "queue_full", RETRY_SOON)
+            log("info", "enqueued", id=call.id, model=call.model)
+        elif self.state_of(call.entry) != "loaded":
+            text = f'"{call.model}" is not loaded; POST /load?model=… loads a model'
+            raise ApiError(409, text, "model_not_loaded")
+        self.calls[call] = cast("asyncio.Task[Any]", asyncio.current_task())
+        self.held_bytes += len(call.body)
+        if call.stream and self.settings.heartbeat:
+            call.timer = asyncio.get_running_loop().call_later(self.settings.heartbeat, call.beat)
+
+    async def take_turn(self, call: Call, again: bool = True) -> bytes:
+        """Wait for the turn, and forward; returns the last bytes. Raises ApiError, BackendError.
+
+        Once again where the backend refuses the connection, as the worker then loads the model.
+        """
+        worker = call.worker
+        try:
+            if worker is None:
+                call.granted = clock()
+                return await forward(call)
+            async with worker.turn(call):
+                call.entry = worker.models[call.model]  # a reload may have moved it meanwhile
+                try:
+                    return await forward(call)
+                except BackendError as error:
+                    worker.backend_failed(call.model, error)
+                    raise
+        except BackendError as error:
+            if call.relaying:
+                raise
+            if worker and again and not error.sent:
+                return await self.take_turn(call, again=False)
+            code = "backend_timeout" if error.status == 504 else "backend_died"
+            code = code if error.sent else "backend_unreachable"
+            raise ApiError(error.status, f'backend "{call.model}" {error}', code) from None
+
+    def settle(self, call: Call, status: int, failure: str = "") -> None:
+        """The request is over: count it. The first word counts."""
+        if call.status is not None:
+            return
+        call.stop_heartbeats()
+        call.status, call.failure = status, failure
+        now = clock()
+        self.telemetry.settled(call, now)
+        facts = {"id": call.id, "model": call.model, "status": status, "ms": ms(now - call.arrived)}
+        if call.granted is not None:
+            facts["aborted"] = status == CLIENT_LEFT
+            if failure:
+                facts["reason"] = failure
+            log("error" if failure else "info", "served", **facts)
+        elif status == CLIENT_LEFT:
+            log("info", "client disconnected", **facts)
+        else:
+            log("warn", "not served", **facts, reason=failure)
+
+    async def get_health(self, request: web.BaseRequest) -> web.Response:
+        """/status for those who show the key, and its first word for all."""
+        payload = status(self)
+        code = 200 if payload["ok"] else 503
+        if self.settings.api_key and not self.key_headers(request):
+            payload = {"ok": payload["ok"]}
+        return web.json_response(payload, status=code)
+
+    async def get_models(self, request: web.BaseRequest) -> web.Response:
+        """The listed models, or the one in the path (OpenAI API reference, "Models")."""
+        if request.path.startswith("/v1/models/"):
+            model = self.find_model(request.path.removeprefix("/v1/models/"), status=404)
+            return web.json_response(self.model_entry(model))
+        data = [self.model_entry(model) for model in self.models.values() if not model.unlisted]
+        return web.json_response({"object": "list", "data": data})
+
+    def model_entry(self, model: Model) -> dict[str, Any]:
+        """What `metadata` says is merged in, but changes nothing that jano says itself."""
+        entry: dict[str, Any] = {"id": model.name, "object": "model", "owned_by": "jano"}
+        entry |= {"aliases": model.aliases, "root": model.upstream_model or model.name}
+        entry |= {"created": int(self.telemetry.started), "name": model.label or model.name}
+        return {**model.metadata, **entry, "status": {"value": self.state_of(model)}}
+
+    async def get_usage(self, request: web.BaseRequest) -> web.Response:
+        """The latest requests, newest first, ?limit= of them."""
+        limit = request.query.get("limit", "50")
+        if not re.fullmatch("[0-9]{1,9}", limit):
+            raise ApiError(400, "limit is not a whole number", "invalid_limit")
+        records = list(islice(reversed(self.telemetry.records), int(limit)))
+        return web.json_response({"count": len(records), "records": records})
+
+    async def get_metrics(self, request: web.BaseRequest) -> web.Response:
+        headers = {"Content-Type": "text/plain; version=0.0.4"}
+        return web.Response(text=metrics(self), headers=headers)
+
+    async def get_page(self, request: web.BaseRequest) -> web.Response:
+        return web.Response(text=page(self), headers=PAGE_HEADERS)
+
+    async def post_load(self, request: web.BaseRequest) -> web.Response:
+        """Bring a model in, through the queue like any request; answers when it is there."""
+        model = self.find_model(request.query.get("model"))
+        worker = self.worker_of(model)
+        if worker:
+            async with worker.turn(Ticket(model.name, clock())):
+                pass
+        return web.json_response({"model": model.name, "status": {"value": "loaded"}})
+
+    async def post_unload(self, request: web.BaseRequest) -> web.Response:
+        """Drain, and free the memory: of the group of ?model=, or of all groups."""
+        workers = list(self.workers.values())
+        if "model" in request.query:
+            model = self.find_model(request.query["model"])
+            workers = [] if model.passthrough else [self.workers[model.group]]
+        # Shielded: a client that leaves must not let go of the lock while the script runs.
+        names = await asyncio.shield(asyncio.gather(*(worker.unload() for worker in workers)))
+        return web.json_response({"unloaded": [name for name in names if name]})
+
+    async def get_ollama(self, request: web.BaseRequest) -> web.Response:
+        """Ollama's version, the listed models, or those that are loaded."""
+        if request.path == "/api/version":
+            return web.json_response({"version": "0.12.6"})  # clients refuse one that is too old
+        models = []
+        for model in self.models.values():
+            loaded = self.state_of(model) == "loaded"
+            if not model.unlisted and (loaded or request.path == "/api/tags"):
+                entry = {"name": model.name, "model": model.name, "details": OLLAMA_DETAILS}
+                entry |= {
+                    "modified_at": utc(self.telemetry.started),
+                    "expires_at": "2318-04-04T00:00:00Z",
+                }
+                models.append(entry | {"digest": "0" * 64, "size": 0, "size_vram": 0})
+        return web.json_response({"models": models})
+
+    async def post_show(self, request: web.BaseRequest) -> web.Response:
+        """What clients ask before they offer tools or cut a prompt; `metadata` may tell."""
+        fields = parse_object(await self.read_body(request))
+        model = self.find_model(fields.get("model") or fields.get("name"), status=404)
+        known = model.metadata
+        meta = known.get("meta")
+        n_ctx = meta.get("n_ctx") if isinstance(meta, dict) else None
+        length = known.get("context_length") or known.get("max_model_len") or n_ctx
+        info = {"general.architecture": "jano", "general.basename": model.name}
+        info |= {"jano.context_length": length} if length else {}
+        payload = {"details": OLLAMA_DETAILS, "modified_at": utc(self.telemetry.started)}
+        payload["capabilities"] = known.get("capabilities", ["completion", "tools"])
+        return web.json_response(payload | {"model_info": info})
+
+
+Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+PREFLIGHT = {
+    "Allow": "GET, HEAD, POST, OPTIONS",
+    "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, PATCH, DELETE",
+    "Access-Control-Allow-Private-Network": "true",
+}
+HEALTH_ROUTES = ("/health", "/v1/health", "/healthz", "/readyz")
+OLLAMA_DETAILS = {"format": "gguf", "family": "jano", "families": ["jano"]} | dict.fromkeys(
+    ("parent_model", "parameter_size", "quantization_level"), ""
+)
+
+
+@functools.lru_cache(100)
+def host_name(host: str) -> str:
+    """A Host header without its port, and an IPv6 address without its brackets; "" if it is bad."""
+    found = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]+))(?::[0-9]*)?", host.lower())
+    return (found[1] or found[2]) if found else ""
 
 
 def bare(route: str) -> str:
@@ -1418,10 +1807,18 @@ def bare(route: str) -> str:
     return f"/{route.strip('/')}".removeprefix("/v1/").strip("/")
 
 
+DECODER = json.JSONDecoder()
+
+
 def parse_object(body: bytes) -> dict[str, Any]:
     """The JSON object in body; bytes beyond UTF-8, or a BOM, are no fault. Raises ApiError 400."""
+    if len(body) > MAX_VALUES and sum(map(body.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        raise ApiError(400, f"the body has more than {MAX_VALUES} values", "invalid_json")
     try:
-        value = json.loads(body.decode("utf-8-sig", "replace"))
+        text = body.decode(errors="replace").removeprefix("\ufeff").strip(" \t\r\n")
+        value, end = DECODER.raw_decode(text)  # what json.loads does, at half its cost
+        if end < len(text):
+            raise ValueError
     except (ValueError, RecursionError):
         raise ApiError(400, "the body is not JSON", "invalid_json") from None
     if not isinstance(value, dict):
@@ -1429,296 +1826,892 @@ def parse_object(body: bytes) -> dict[str, Any]:
     return value
 
 
-LARGE = 2**20  # bytes of a JSON body that is looked through, instead of parsed
-BRACKET = re.compile(rb'["{}\[\]]')
-MEMBER = re.compile(
-    rb'"(model|stream|service_tier)"\s{0,99}:\s{0,99}("(?:[^"\\]|\\.){0,999}"|\w{1,99})')
+def rewritten(fields: dict[str, Any]) -> bytes:
+    """As a JSON body again. Raises ApiError 400."""
+    try:
+        return json.dumps(fields, allow_nan=False).encode()
+    except ValueError:
+        text = "the body has a number that JSON cannot hold, such as 1e400"
+        raise ApiError(400, text, "invalid_json") from None
 
 
-async def members(body: bytes) -> dict[bytes, re.Match[bytes]]:
-    """Where the members that matter here stand in a JSON object. A large body is not parsed, as the
-    parser would hold up everybody for seconds and make a gigabyte of 50 MB; what else is wrong with
-    one, its backend says. Raises ApiError 400."""
-    found: dict[bytes, re.Match[bytes]] = {}
-    step, at, depth, quoted = 0, 0, 0, False
-    while at < len(body):
-        if (step := step + 1) % 4096 == 0:  # some milliseconds
-            await asyncio.sleep(0)
-        if quoted:  # on to the next quote; it ends the text unless it is escaped
-            if (end := body.find(b'"', at)) < 0:
-                break
-            piece, at = body[max(at, end - 2**16) : end], end + 1
-            quoted = (len(piece) - len(piece.rstrip(b"\\"))) % 2 == 1
-        elif token := BRACKET.search(body, at, at + 1024):
-            at, quoted = token.end(), token[0] == b'"'
-            if quoted and depth == 1 and (member := MEMBER.match(body, token.start())):
-                found[member[1]] = member
-            depth += {b'"': 0, b"{": 1, b"[": 1}.get(token[0], -1)
-            if depth <= 0:
-                break
+def form_model(content_type: str, body: bytes) -> slice | None:
+    """Where a form's `model` stands in its body (RFC 7578); None if it has none.
+
+    Raises ApiError 400 unless it is one whole form with one model at most: what somebody else might
+    read otherwise is not passed on.
+    """
+    found = re.search(r'boundary=(?:"([^"]+)"|([^\s;"]+))', content_type, re.IGNORECASE)
+    line = b"--" + ((found[1] or found[2]) if found else "").encode()
+    at = len(line) if body.startswith(line) else len(body)
+    models: list[slice] = []
+    for _ in range(MAX_PARTS):
+        content = body.find(b"\r\n\r\n", at) + 4
+        end = body.find(b"\r\n" + line, content - 2)
+        if content < 4 or end < 0 or not body.startswith(b"\r\n", at):
+            break
+        if re.search(MODEL_PART, body[at:content]):
+            models.append(slice(content, max(content, end)))
+        at = end + 2 + len(line)
+        if body.startswith(b"--", at) and not body[at + 2 :].strip() and len(models) < 2:
+            return models[0] if models else None
+    text = f"the body is not one whole form, of up to {MAX_PARTS} parts, with one model"
+    raise ApiError(400, text, "invalid_form")
+
+
+PARAMETER = rb';[ \t]*[a-z*]+=(?:"[^"\r\n]*"|[^\s;"]+)[ \t]*'
+MODEL_PART = (
+    rb"(?im)^content-disposition:[ \t]*form-data[ \t]*(?:" + PARAMETER + rb")*"
+    rb';[ \t]*name=(?:"model"|model)[ \t]*(?:' + PARAMETER + rb")*\r"
+)
+
+
+# ---------------------------------------------------------------------------------- config ----
+
+LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+THIS_MACHINE = LOOPBACK | {"0.0.0.0", "::"}
+RESERVED_NAMES = ("status", "unload")  # what SWAP_COMMAND is asked besides names
+
+
+class ConfigError(ValueError):
+    """What is wrong with the configuration, in a line: where, what was found, what is expected."""
+
+
+class Kind(NamedTuple):
+    """Of a value: what is expected, and what is used of it (None, or an error: not expected)."""
+
+    expected: str
+    convert: Callable[[Any], Any]
+
+    def read(self, where: str, value: Any) -> Any:
+        """What is used of the value. Raises ConfigError."""
+        with contextlib.suppress(ValueError, TypeError, AttributeError, IndexError):
+            converted = self.convert(value)
+            if converted is not None:
+                return converted
+        raise ConfigError(f"{where}: found {shown(value)}, expected {self.expected}")
+
+
+def matching(pattern: str, expected: str) -> Kind:
+    """A text that all of the pattern fits."""
+    return Kind(expected, lambda value: re.fullmatch(f"(?i:{pattern})", value) and value)
+
+
+def number(
+    least: int, most: int = 10**9, unit: float = 1, spell: Callable[[Any], str] = str
+) -> Kind:
+    """A text of digits; unit is what is counted, in what is used."""
+
+    def convert(value: Any) -> float | None:
+        count = int(value) if re.fullmatch("[0-9]{1,10}", spell(value)) else -1
+        return count * unit if least <= count <= most else None
+
+    return Kind(f"a whole number from {least} to {most}", convert)
+
+
+def header_table(headers: dict[str, str]) -> dict[str, str] | None:
+    """Headers for a backend; None if one is bad, or jano's own."""
+    for name, value in headers.items():
+        good = re.fullmatch(r"(?i)[!#$%&'*+.^_`|~0-9a-z-]+: [\t -~]*", name + ": " + value)
+        if not good or name.lower().encode() in HOP_BY_HOP:
+            return None
+    return headers
+
+
+def address(value: str) -> SplitResult | None:
+    """A backend's, without a trailing "/" or "/v1"; None if it is none."""
+    url = urlsplit(value.rstrip("/").removesuffix("/v1").rstrip("/"))
+    # url.port fails if it is out of range.
+    good = re.fullmatch(r"https?://[^\s?#@\\]+", value) and url.hostname and url.port != 0
+    return url if good else None
+
+
+def words(value: str) -> list[str]:
+    """The parts of a comma-separated text, in lower case."""
+    return [part.strip().lower() for part in value.split(",") if part.strip()]
+
+
+def origins(value: str) -> list[str] | None:
+    """Patterns for what a browser may say of its page (RFC 6454, 6.2)."""
+    host = r"([^\s/*?#@:\[\]]+|\[[0-9a-f:.]+\])"
+    forms = rf"\*|null|file://|[a-z][a-z0-9+.-]*://(\*|{host}(:\*|(?!:(80|443)\Z):[0-9]+)?)"
+    patterns = []
+    for origin in words(value):
+        port = re.search(r":([0-9]+)\Z", origin)
+        if not re.fullmatch(forms, origin) or (port and int(port[1]) > 65535):
+            return None
+        pattern = re.escape(origin).replace(r":\*", "(:[0-9]+)?")
+        patterns.append(pattern.replace(r"\*", ".*"))
+    return patterns
+
+
+def full_path(value: str) -> str:
+    return os.path.abspath(os.path.expanduser(value))
+
+
+def command(value: str) -> tuple[str, ...] | None:
+    """SWAP_COMMAND's argv: the path of a script (spaces and ~ allowed), or a command line."""
+    argv = [value] if os.path.isfile(full_path(value)) else shlex.split(value)
+    path = shutil.which(full_path(argv[0])) or shutil.which(argv[0])
+    return (path, *argv[1:]) if path else None
+
+
+# Fit to be a script's argument: no control character, no half surrogate.
+FIT = r"[^\0-\x1f\x7f\ud800-\udfff]+"
+TEXT = matching(FIT, "a text")
+LOADABLE = matching(rf"(?!(status|unload)\Z){FIT}", 'a text other than "status" and "unload"')
+TEXTS = Kind("a list of texts", lambda values: [TEXT.read("", each) for each in list.copy(values)])
+TRUTH = Kind("true or false", lambda value: value if isinstance(value, bool) else None)
+OBJECT = Kind("an object", dict.copy)
+HEADERS = Kind("an object of headers and their texts, none of them jano's own", header_table)
+ADDRESS = Kind("an http or https address such as http://127.0.0.1:8081", address)
+PATH = matching(r"/[^\s#\0-\x1f\x7f]*", "a path such as /health")
+SCRIPT = Kind("the path of your swap script, which must be executable (chmod +x)", command)
+ORIGINS = Kind("* or origins such as http://localhost:* or app://*", origins)
+milliseconds = functools.partial(number, unit=1 / 1000)
+
+
+def option(kind: Kind, default: Any = None, variable: str = "") -> Any:
+    """A field of Settings or Model: how its value is read, and what it is if there is none."""
+    return field(metadata={"kind": kind, "default": default, "variable": variable})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The variables of the environment or .env as they are used: times in seconds."""
+
+    swap_command: tuple[str, ...] = option(SCRIPT, None, "SWAP_COMMAND")
+    models_file: str = option(Kind("a path", full_path), "./models.json", "MODELS_FILE")
+    host: str = option(TEXT, "127.0.0.1", "JANO_HOST")
+    port: int = option(number(0, 65535), "8082", "JANO_PORT")
+    swap_wait_timeout: float = option(milliseconds(1), "180000", "SWAP_WAIT_TIMEOUT_MS")
+    health_poll_interval: float = option(milliseconds(1), "1000", "HEALTH_POLL_INTERVAL_MS")
+    request_timeout: float = option(milliseconds(1), "600000", "REQUEST_TIMEOUT_MS")
+    max_turn: float = option(milliseconds(0), "60000", "MAX_TURN_MS")
+    linger: float = option(milliseconds(0), "5000", "LINGER_MS")
+    swap_failure_limit: int = option(number(1), "3", "SWAP_FAILURE_LIMIT")
+    swap_failure_reset: float = option(milliseconds(0), "300000", "SWAP_FAILURE_RESET_MS")
+    max_queue: int = option(number(1), "1000", "MAX_QUEUE")
+    max_body_mb: int = option(number(1), "256", "MAX_BODY_MB")
+    heartbeat: float = option(milliseconds(0), "15000", "HEARTBEAT_MS")
+    idle_unload: float = option(milliseconds(0), "0", "IDLE_UNLOAD_MS")
+    api_key: str = option(Kind("a text", str), "", "JANO_API_KEY")
+    cors_origins: list[str] = option(ORIGINS, "", "JANO_CORS_ORIGINS")
+    allowed_hosts: list[str] = option(Kind("names", words), "", "JANO_ALLOWED_HOSTS")
+    usage_records_max: int = option(number(1), "500", "USAGE_RECORDS_MAX")
+    shutdown_timeout: float = option(milliseconds(0), "30000", "SHUTDOWN_TIMEOUT_MS")
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """An entry of models.json; the fields are its keys."""
+
+    name: str = option(LOADABLE)
+    url: SplitResult = option(ADDRESS)
+    aliases: list[str] = option(TEXTS, [])
+    label: str = option(TEXT, "")
+    group: str = option(TEXT, "default")
+    set: str = option(LOADABLE, "")
+    slots: int = option(number(1, spell=json.dumps), 1)
+    passthrough: bool = option(TRUTH, False)
+    endpoints: list[str] = option(TEXTS, [])
+    upstream_model: str = option(TEXT, "")
+    health: str = option(PATH, "/health")
+    headers: dict[str, str] = option(HEADERS, {})
+    unlisted: bool = option(TRUTH, False)
+    metadata: dict[str, Any] = option(OBJECT, {})
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """Its names as they are looked up: in any case."""
+        return frozenset(name.casefold() for name in (self.name, *self.aliases))
+
+
+def load_settings(environ: Mapping[str, str]) -> Settings:
+    """From environ, else ./.env, else the defaults; empty means unset. Raises ConfigError."""
+    dotenv = read_dotenv(Path(".env"))
+    values: dict[str, Any] = {}
+    for each in fields(Settings):
+        name = each.metadata["variable"]
+        found = environ.get(name) or dotenv.get(name) or each.metadata["default"]
+        if found is None:
+            raise ConfigError(f"{name}: not set, expected {SCRIPT.expected}, in {os.getcwd()}/.env")
+        where = "environment" if environ.get(name) else ".env"
+        values[each.name] = each.metadata["kind"].read(f"{where}: {name}", found)
+    return Settings(**values)
+
+
+def read_dotenv(file: Path) -> dict[str, str]:
+    """Its KEY=value lines; quotes around a value, and `export` before a key, are dropped."""
+    known = {each.metadata["variable"] for each in fields(Settings)}
+    values: dict[str, str] = {}
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines() if file.exists() else []
+    except (OSError, ValueError) as error:
+        raise ConfigError(f".env: found {why(error)}, expected KEY=value lines") from None
+    for index, line in enumerate(lines, 1):
+        name, equals, value = map(str.strip, line.strip().removeprefix("export ").partition("="))
+        if name in known and equals:
+            quoted = re.fullmatch(r"""(["'])(.*?)\1(\s+#.*)?""", value)
+            values[name] = quoted[2] if quoted else re.sub(r"(^|\s+)#.*", "", value)
+        elif name.partition(" ")[0] in known:
+            raise ConfigError(f".env: line {index}: found {shown(line)}, expected KEY=value")
+    return values
+
+
+def load_models(settings: Settings) -> list[Model]:
+    """The entries of MODELS_FILE, in its order. Raises ConfigError."""
+    file = settings.models_file
+    try:
+        registry = json.loads(Path(file).read_bytes(), parse_constant=int)  # refuses NaN
+    except (OSError, ValueError, RecursionError) as error:
+        expected = "a JSON file such as models.example.json"
+        raise ConfigError(f"{file}: found {why(error)}, expected {expected}") from None
+    if not isinstance(registry, dict) or not isinstance(registry.get("models"), list):
+        raise ConfigError(f'{file}: found {shown(registry)}, expected {{"models": [ … ]}}')
+    if len(registry) > 1:
+        raise ConfigError(f'{file}: found the keys {shown([*registry])}, expected "models" alone')
+    models: list[Model] = []
+    for index, entry in enumerate(registry["models"]):
+        named = isinstance(entry, dict) and "name" in entry
+        where = f"models[{index}] {shown(entry['name'])}" if named else f"models[{index}]"
+        try:
+            model = load_model(entry)
+            check_model(model, models, settings)
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {where}: {error}") from None
+        models.append(model)
+    if all(model.passthrough for model in models):
+        found = f"found {len(models)} and none to swap"
+        raise ConfigError(f"{file}: models: {found}, expected one that is not passthrough")
+    return models
+
+
+def load_model(entry: object) -> Model:
+    """One entry, read by the table of keys. Raises ConfigError."""
+    if not isinstance(entry, dict):
+        raise ConfigError(f"found {shown(entry)}, expected an object")
+    values: dict[str, Any] = {}
+    for each in fields(Model):
+        values[each.name] = each.metadata["default"]
+        if each.name in entry:
+            values[each.name] = each.metadata["kind"].read(each.name, entry[each.name])
+        elif values[each.name] is None:
+            raise ConfigError(f"{each.name}: missing, expected in every entry")
+    for key in entry:
+        if key not in values:
+            raise ConfigError(f"found the key {shown(key)}, expected one of {', '.join(values)}")
+    return Model(**values)
+
+
+def check_model(model: Model, earlier: list[Model], settings: Settings) -> None:
+    """What an entry must not share with jano or with an earlier one. Raises ConfigError."""
+    url, host = model.url, settings.host.lower()
+    port = url.port or {"http": 80, "https": 443}[url.scheme]
+    same_host = url.hostname == host or {url.hostname, host} <= THIS_MACHINE
+    if same_host and port == settings.port:
+        raise ConfigError(f"url: found {shown(url.geturl())}, jano itself, expected a backend")
+    if model.set and model.passthrough:
+        raise ConfigError("set: found with passthrough, expected one of the two")
+    for other in earlier:
+        for name in model.keys & other.keys:
+            expected = f"names that differ by more than case from those of {shown(other.name)}"
+            raise ConfigError(f"found the name {shown(name)}, expected {expected}")
+        if model.set and model.set == other.set and model.group != other.group:
+            raise ConfigError(f"set: found {shown(model.set)} in two groups, expected it in one")
+        if model.set != other.set and (model.set == other.name or other.set == model.name):
+            found = f"{shown(model.set)}, and {shown(other.set)} for {shown(other.name)}"
+            raise ConfigError(f"set: found {found}, expected none called like a model outside it")
+
+
+def shown(value: object) -> str:
+    """A value as JSON, cut to what fits into a line."""
+    line = json.dumps(value)
+    return line if len(line) <= 80 else line[:80] + "…"
+
+
+def why(error: BaseException) -> str:
+    """An exception in words."""
+    code = getattr(error, "errno", None) or 0
+    if code > 1:  # OpenSSL's are all 1
+        return os.strerror(code)
+    return str(error) or type(error).__name__
+
+
+# ------------------------------------------------------------------------------- telemetry ----
+
+BUCKETS = (0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300)  # seconds a swap takes
+compact = json.JSONEncoder(separators=(",", ":")).encode
+quoted = json.encoder.encode_basestring_ascii
+
+
+class Log:
+    """One compact JSON object a line, on stdout. Never a prompt, an answer, a header or a key.
+
+    Whoever reads it cannot stop jano: a pipe that nobody empties, a full disk, a closed stdout lose
+    lines, and the next line that can be written is preceded by how many.
+    """
+
+    def __init__(self) -> None:
+        self.lost = 0
+        self.broken = ""  # a newline, if the last line is not whole
+        self.is_file = False
+        self.ready = select.poll()
+        self.ready.register(1, select.POLLOUT)
+        with contextlib.suppress(OSError):
+            self.is_file = stat.S_ISREG(os.fstat(1).st_mode)
+
+    def __call__(self, level: str, msg: str, **facts: object) -> None:
+        if self.lost and self.write("warn", "log lines lost", {"lost": self.lost}):
+            self.lost = 0
+        if self.lost or not self.write(level, msg, facts):
+            self.lost += 1
+
+    def write(self, level: str, msg: str, facts: dict[str, object]) -> bool:
+        """Whether it was written. What is ready for writing takes PIPE_BUF bytes at once."""
+        line = f'{{"t":"{utc(time.time())}","level":"{level}","msg":"{msg}"'
+        for name, value in facts.items():  # faster than to encode it all at once
+            if isinstance(value, str):
+                line += f',"{name}":{quoted(value)}'
+            elif isinstance(value, bool):
+                line += f',"{name}":{"true" if value else "false"}'
+            else:
+                line += f',"{name}":{value if isinstance(value, int) else compact(value)}'
+        data = f"{self.broken}{line}}}\n".encode()
+        size = len(data)
+        try:
+            while data and (self.is_file or self.ready.poll(0)):
+                data = data[os.write(1, data[: select.PIPE_BUF]) :]
+        except OSError:
+            pass  # what is left is lost
+        if len(data) < size:
+            self.broken = "\n" if data else ""
+        return not data
+
+
+log = Log()
+
+
+@functools.lru_cache(2)
+def utc_second(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+
+
+def utc(epoch: float) -> str:
+    """As RFC 3339 has it, with milliseconds."""
+    millis = int(epoch * 1000)
+    return f"{utc_second(millis // 1000)}.{millis % 1000:03d}Z"
+
+
+@functools.lru_cache(2)
+def date_line(second: int) -> bytes:
+    """The Date header (RFC 9110, 6.6.1) of a second since the epoch."""
+    return b"Date: " + formatdate(second, usegmt=True).encode()
+
+
+def ms(seconds: float) -> int:
+    return round(seconds * 1000)
+
+
+class Excerpt:
+    """The first and last bytes of an answer, where its token counts stand.
+
+    As OpenAI and Anthropic (usage), llama.cpp (timings) or Ollama (eval_count) report them. It is
+    not parsed, as most of the answer is gone by; but a quote within its text would be escaped, so
+    what reads `"prompt_tokens": 1` is no part of that.
+    """
+
+    KEEP = 2**13  # bytes, at either end
+    NUMBER = re.compile(
+        rb'"((?:prompt|input|completion|output)_tokens|(?:prompt_)?eval_(?:count|duration)'
+        rb'|(?:prompt|predicted)_(?:n|per_second))"\s*:\s*([0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?)'
+    )
+    HINTS = (b'"usage"', b'"timings"', b'"prompt_eval_count"', b'"eval_count"')
+
+    def __init__(self) -> None:
+        self.head = b""
+        self.tail = bytearray()
+
+    def feed(self, piece: bytes) -> None:
+        if len(self.head) < self.KEEP:
+            self.head += piece[: self.KEEP]
+            piece = piece[self.KEEP :]
+        self.tail += piece
+        if len(self.tail) > 8 * self.KEEP:
+            del self.tail[: -self.KEEP]
+
+    def numbers(self) -> dict[bytes, float]:
+        """Name -> value; the last one counts, as streams add up."""
+        text = self.head + self.tail[-self.KEEP :]
+        starts = [at for at in map(text.find, self.HINTS) if at >= 0]  # as the pattern is slow
+        found = self.NUMBER.findall(text, min(starts)) if starts else []
+        return {name: float(digits) for name, digits in found if float(digits) < 1e15}
+
+    def tokens(self) -> dict[str, float | None]:
+        """As /usage has them; None where the backend does not say."""
+        found = self.numbers()
+        tokens = dict(NO_TOKENS)
+        for name, meaning in MEANINGS.items():
+            if name in found:
+                tokens[meaning] = int(found[name])
+        for rate, count, duration, meaning in RATES:
+            if found.get(duration):
+                found.setdefault(rate, found.get(count, 0) / found[duration] * 1e9)
+            if rate in found:
+                tokens[meaning] = round(found[rate], 1)
+        return tokens
+
+
+NO_TOKENS = dict.fromkeys(("prompt_tokens", "gen_tokens", "gen_tok_s", "prompt_tok_s"))
+MEANINGS = {  # what an answer calls it -> what /usage does; the last one found counts
+    **dict.fromkeys([b"prompt_n", b"prompt_eval_count", b"input_tokens"], "prompt_tokens"),
+    **dict.fromkeys([b"predicted_n", b"eval_count", b"output_tokens"], "gen_tokens"),
+    b"prompt_tokens": "prompt_tokens",
+    b"completion_tokens": "gen_tokens",
+}
+RATES = (
+    (b"predicted_per_second", b"eval_count", b"eval_duration", "gen_tok_s"),
+    (b"prompt_per_second", b"prompt_eval_count", b"prompt_eval_duration", "prompt_tok_s"),
+)
+
+
+class Telemetry:
+    """What has happened since the start, in bounded memory however long that was."""
+
+    def __init__(self, records_max: int) -> None:
+        self.started = time.time()
+        self.records: deque[dict[str, Any]] = deque(maxlen=records_max)  # of /usage, oldest first
+        self.requests: Counter[tuple[str, int]] = Counter()  # by model and status
+        self.tokens: Counter[str] = Counter()  # generated, by model
+        self.prompt_tokens: Counter[str] = Counter()
+        self.rates: dict[str, deque[float]] = {}  # model -> tokens a second of its last answers
+        self.last_error: dict[str, Any] | None = None
+        self.health: dict[str, str] = {}  # model -> "up" or "down", if known
+        self.loaded_at: dict[str, str] = {}  # set -> when it was last loaded
+        self.swaps: Counter[tuple[str, str]] = Counter()  # by from and to, the good ones
+        self.swap_failures: Counter[str] = Counter()
+        self.recent_swaps: deque[dict[str, Any]] = deque(maxlen=50)
+        self.swap_buckets = [0] * (len(BUCKETS) + 1)
+        self.swap_seconds = 0.0  # of the good ones
+        self.naive_loaded: dict[str, str] = {}  # group -> what a proxy without a queue would have
+        self.naive_swaps: Counter[str] = Counter()  # group -> how often it would have swapped
+
+    def arrived(self, group: str, name: str) -> None:
+        """A request for this set: a proxy without a queue would load it now."""
+        self.naive_swaps[group] += self.naive_loaded.get(group) != name
+        self.naive_loaded[group] = name
+
+    def detected(self, worker: Worker, name: str) -> None:
+        """It was loaded from the start, for the other proxy, too: what came before is forgotten."""
+        asked = self.naive_loaded.setdefault(worker.group, name)
+        self.naive_swaps[worker.group] = int(asked != name)
+        self.loaded_at[name] = utc(time.time())
+        self.health |= {model.name: "up" for model in worker.members(name)}
+
+    def unloaded(self, group: str) -> None:
+        """The other proxy loads anew, too."""
+        self.naive_loaded.pop(group, None)
+
+    def settled(self, call: Call, now: float) -> None:
+        """Count a request that is over; now is on the clock."""
+        ts, model, code = utc(time.time()), call.model, call.status or 0
+        granted = call.granted or now
+        tokens = call.excerpt.tokens() if call.excerpt else NO_TOKENS
+        record: dict[str, Any] = {
+            "ts": ts,
+            "id": call.id,
+            "model": model,
+            "path": call.request.path,
+            "status": code,
+            "queue_ms": ms(granted - call.arrived),
+            "total_ms": ms(now - call.arrived),
+            "ttfb_ms": ms(call.first_byte - granted) if call.first_byte else None,
+            **tokens,
+        }
+        generated = record["gen_tokens"] or 0
+        if record["gen_tok_s"] is None and generated and call.stream and call.first_byte:
+            took = now - call.first_byte
+            record["gen_tok_s"] = round(generated / took, 1) if took >= 0.05 else None  # in one go
+        self.records.append(record)
+        self.requests[model, code] += 1
+        if code >= 500:
+            words = call.failure or f"the backend answered {code}"
+            self.last_error = {"ts": ts, "model": model, "message": words}
+        if code in (502, 504):
+            self.health[model] = "down"
+        if 200 <= code < 300:
+            self.health[model] = "up"
+            self.tokens[model] += generated
+            self.prompt_tokens[model] += record["prompt_tokens"] or 0
+            if record["gen_tok_s"] is not None:
+                self.rates.setdefault(model, deque(maxlen=30)).append(record["gen_tok_s"])
+
+    def swapped(self, worker: Worker, old: str | None, name: str, seconds: float, ok: bool) -> None:
+        """A swap has ended, well or not."""
+        ts = utc(time.time())
+        for model in worker.members(old):
+            self.health.pop(model.name, None)
+        self.health |= {model.name: "up" if ok else "down" for model in worker.members(name)}
+        swap = {"ts": ts, "from": old, "to": name, "ms": ms(seconds), "ok": ok}
+        self.recent_swaps.append(swap)
+        if ok:
+            self.loaded_at[name] = ts
+            self.swaps[old or "", name] += 1
+            self.swap_seconds += seconds
+            self.swap_buckets[bisect_left(BUCKETS, seconds)] += 1
         else:
-            at += 1024
-    if quoted or depth or body[at:].strip():
-        raise ApiError(400, "the body is not JSON", "invalid_json")
-    return found
+            self.swap_failures[name] += 1
 
 
-async def multipart_model(request: web.Request, body: bytes) -> str | None:
-    """The `model` of a multipart form, None if it has none. Raises ApiError 400."""
-    loop, found = asyncio.get_running_loop(), []
-    content = aiohttp.StreamReader(BaseProtocol(loop), len(body) + 1, loop=loop)
-    content.feed_data(body)
-    content.feed_eof()
-    first = body.lstrip(b"\r\n")[:80].partition(b"\r\n")[0].decode("latin-1")
-    named = re.search(r'boundary="?([^";]+)', request.headers["Content-Type"], re.IGNORECASE)
-    try:
-        if named is None or first.rstrip("- ") != f"--{named[1]}".rstrip("- "):
-            raise ValueError  # lines before the form take the parser a second a megabyte
-        reader = aiohttp.MultipartReader(request.headers, content)
-        for _ in range(MAX_PARTS):
-            part = await reader.next()
-            if isinstance(part, aiohttp.MultipartReader):
-                raise ValueError  # a form within the form would not be bounded
-            if part is not None and part.name == "model":
-                found.append((await part.read()).decode())
-        if len(found) > 1 or not reader.at_eof():
-            raise ValueError
-    except (ValueError, AssertionError, RuntimeError, HttpProcessingError):
-        text = f"the body is not one whole form, of up to {MAX_PARTS} parts, with one model"
-        raise ApiError(400, text, "invalid_form", param="model") from None
-    return found[0] if found else None
+def status(jano: Jano) -> dict[str, Any]:
+    """The payload of /health and /status."""
+    now, told, models = clock(), jano.telemetry, jano.models
+    active = [call for call in jano.calls if call.status is None]
+    waiting = [call for call in active if not call.running]
+    queued = Counter(call.model for call in waiting)
+    swapped = [model.group for model in models.values() if not model.passthrough]
+    groups = {group: group_status(jano, group) for group in swapped}
+    served = Counter(dict.fromkeys(models, 0))
+    for (model, code), count in told.requests.items():
+        served[model] += count if 200 <= code < 300 else 0
+    swaps = told.swaps.total()
+    avoided = max(0, told.naive_swaps.total() - swaps - told.swap_failures.total())
+    took = [swap["ms"] for swap in told.recent_swaps if swap["ok"]]
+    return {
+        "ok": not any(worker.refusal for worker in jano.workers.values()),
+        **next(iter(groups.values())),
+        "queueDepth": len(waiting),
+        "inFlight": len(active) - len(waiting),
+        "queueByModel": {model: queued[model] for model in models},
+        "oldestWaitingMs": ms(now - waiting[0].arrived) if waiting else 0,
+        "lastSwapDurationMs": took[-1] if took else None,
+        "recentSwaps": list(told.recent_swaps),
+        "swapsTotal": swaps,
+        "swapsAvoided": avoided,
+        "swapTimeSavedMs": ms(avoided * told.swap_seconds / swaps) if swaps else None,
+        "tokSByModel": {name: round(sum(last) / len(last), 1) for name, last in told.rates.items()},
+        "uptimeSeconds": int(time.time() - told.started),
+        "requestsServedTotal": served.total(),
+        "requestsByModel": served,
+        "tokensGeneratedTotal": told.tokens.total(),
+        "tokensByModel": {model: told.tokens[model] for model in models},
+        "lastError": told.last_error,
+        "backendHealth": {model: told.health.get(model, "unknown") for model in models},
+        "active": [call_status(call, now) for call in active[:200]],
+        **({"groups": groups} if len(groups) > 1 else {}),
+    }
 
 
-async def get_status(request: web.Request) -> web.Response:
-    jano = request.app[JANO]
-    status = jano.status()
-    told = status if jano.may_ask(request) else {"ok": status["ok"]}
-    return web.json_response(told, status=200 if status["ok"] else 503)
+def call_status(call: Call, now: float) -> dict[str, Any]:
+    return {
+        "id": call.id,
+        "model": call.model,
+        "state": "running" if call.running else "waiting",
+        "queue_ms": ms((call.granted or now) - call.arrived),
+        "total_ms": ms(now - call.arrived),
+    }
 
 
-async def get_models(request: web.Request) -> web.Response:
-    """The models, or the one named in the path, in the shapes of OpenAI's API reference."""
-    jano, name = request.app[JANO], request.match_info.get("id")
-
-    def entry(model: Model) -> dict[str, Any]:
-        worker = jano.worker_of(model)
-        loading = worker is not None and worker.swapping == model.name
-        loaded = worker is None or worker.loaded == model.name
-        state = "loading" if loading else "loaded" if loaded else "unloaded"
-        return {"id": model.name, "object": "model", "created": int(jano.telemetry.started),
-                "owned_by": "jano", "label": model.label or model.name, "aliases": model.aliases,
-                "status": state, "metadata": model.metadata or {}}
-
-    if name is None:
-        data = [entry(model) for model in jano.models.values()]
-        return web.json_response({"object": "list", "data": data})
-    if (model := jano.names.get(name.casefold())) is None:
-        raise ApiError(404, f"unknown model {shown(name)}", "model_not_found", param="model")
-    return web.json_response(entry(model))
+def group_status(jano: Jano, group: str) -> dict[str, Any]:
+    worker = jano.workers[group]
+    loaded = worker.schedule.loaded
+    return {
+        "currentModel": loaded,
+        "currentModelLoadedAt": jano.telemetry.loaded_at.get(loaded or ""),
+        "loadedModels": [model.name for model in worker.members(loaded)],
+        "swapping": worker.swapping,
+        "queueDepth": worker.schedule.depth(),
+        "inFlight": len(worker.schedule.in_flight),
+    }
 
 
-async def get_usage(request: web.Request) -> web.Response:
-    """The latest requests, newest first, ?limit= of them."""
-    limit = request.query.get("limit", "50")
-    if not re.fullmatch("[0-9]{1,9}", limit):
-        raise ApiError(400, "limit is not a whole number", "invalid_limit", param="limit")
-    records = list(islice(reversed(request.app[JANO].telemetry.records), int(limit)))
-    return web.json_response({"count": len(records), "records": records})
+def metrics(jano: Jano) -> str:
+    """status, and what it leaves out, as Prometheus text (exposition format 0.0.4)."""
+    told, now = jano.telemetry, status(jano)
+    loaded = {model.name: int(jano.state_of(model) == "loaded") for model in jano.models.values()}
+    up = {model: int(state == "up") for model, state in now["backendHealth"].items()}
+    saved = {} if now["swapTimeSavedMs"] is None else {(): now["swapTimeSavedMs"] / 1000}
+    uptime = {(): time.time() - told.started}
+    lines = [
+        *family("uptime_seconds", "gauge", "Since the start.", uptime),
+        *family("in_flight", "gauge", "Requests at a backend.", {(): now["inFlight"]}),
+        *family("model_loaded model", "gauge", "1: it is loaded.", loaded),
+        *family("queue_depth model", "gauge", "Requests that wait.", now["queueByModel"]),
+        *family("requests_total model status", "counter", "Requests that are over.", told.requests),
+        *family("tokens_generated_total model", "counter", "Tokens of answers.", told.tokens),
+        *family("prompt_tokens_total model", "counter", "Tokens of prompts.", told.prompt_tokens),
+        *family("generation_tokens_per_second model", "gauge", "Lately.", now["tokSByModel"]),
+        *family("swaps_total from to", "counter", "Swaps made.", told.swaps),
+        *family("swap_failures_total model", "counter", "Swaps failed.", told.swap_failures),
+        *family("swaps_avoided", "gauge", "By the queue.", {(): now["swapsAvoided"]}),
+        *family("swap_time_saved_seconds", "gauge", "Avoided swaps times their mean.", saved),
+        *family("backend_up model", "gauge", "1: it was fine when last heard of.", up),
+        *family("swap_duration_seconds", "histogram", "From the script's start until ready.", {}),
+    ]
+    for bound, count in zip((*BUCKETS, "+Inf"), accumulate(told.swap_buckets)):
+        lines.append(f'jano_swap_duration_seconds_bucket{{le="{bound}"}} {count}')
+    lines.append(f"jano_swap_duration_seconds_sum {told.swap_seconds}")
+    lines.append(f"jano_swap_duration_seconds_count {sum(told.swap_buckets)}")
+    return "\n".join(lines) + "\n"
 
 
-async def get_metrics(request: web.Request) -> web.Response:
-    jano = request.app[JANO]
-    text = jano.telemetry.metrics(jano.status())
-    return web.Response(text=text, headers={"Content-Type": "text/plain; version=0.0.4"})
+def family(name: str, kind: str, text: str, samples: Mapping[Any, object]) -> Iterator[str]:
+    """The lines of a metric; name has its labels behind it; samples: their values -> value."""
+    name, *labels = name.split()
+    yield f"# HELP jano_{name} {text}"
+    yield f"# TYPE jano_{name} {kind}"
+    for key, value in samples.items():
+        values = key if isinstance(key, tuple) else (key,)
+        # JSON escapes what this format does, since names of models hold no control character.
+        quoted = [json.dumps(str(each), ensure_ascii=False) for each in values]
+        pairs = ",".join(map("=".join, zip(labels, quoted)))
+        yield f"jano_{name}{{{pairs}}} {value}" if pairs else f"jano_{name} {value}"
 
 
-async def get_page(_: web.Request) -> web.Response:
-    return web.Response(text=PAGE, headers=PAGE_HEADERS)
+# ------------------------------------------------------------------------------------ page ----
+
+CSS = """:root { color-scheme: light dark; background: Canvas; font: 1rem/1.4 system-ui }
+body { max-width: 66rem; margin: auto; padding: 1rem; overflow-wrap: anywhere } h1, h2 { margin: 0 }
+h2 { color: light-dark(#00704a, #6fd3a5) } #down { color: light-dark(#b3261e, #ff8a80) }
+.c0 { --hue: 255 } .c1 { --hue: 55 } .c2 { --hue: 310 } .c3 { --hue: 200 } .bad { --hue: 25 }
+li, rect { --ink: light-dark(oklch(64% .14 var(--hue)), oklch(53% .14 var(--hue))) }
+ul { display: flex; flex-flow: wrap; gap: 9px; padding: 0; list-style: none } form { float: right }
+li { flex: 1 15rem; border-left: .5rem solid var(--ink); padding: .4rem .7rem; background: #8882 }
+rect { stroke-width: 2 } .swap { overflow: visible } .swap rect { fill: #8883; stroke: none }
+rect { width: 100%; height: 100%; stroke: var(--ink); fill: none } rect + rect { fill: var(--ink) }
+body > svg { width: 100%; margin-top: 1em; background: #8881; fill: CanvasText; font-size: 12px }"""
+JS = """async function refresh() {
+  const answer = await fetch("/", {signal: AbortSignal.timeout(9e3)}); if (!answer.ok) throw answer;
+  const next = new DOMParser().parseFromString(await answer.text(), "text/html");
+  if (document.querySelector("button:active") || next.body.isEqualNode(document.body)) return;
+  const id = document.activeElement.id; document.title = next.title; document.body = next.body;
+  document.getElementById(id)?.focus({preventScroll: true});
+} setInterval(() => document.hidden || refresh().catch(() => down.hidden = false), 1000)"""
+HASHES = [base64.b64encode(sha256(part.encode()).digest()).decode() for part in (CSS, JS)]
+CSP = "default-src 'none'; connect-src 'self'; form-action 'self'; img-src data:; base-uri 'none'; "
+CSP += f"frame-ancestors 'none'; style-src 'sha256-{HASHES[0]}'; script-src 'sha256-{HASHES[1]}'"
+PAGE_HEADERS = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": CSP}
+PAGE_HEADERS |= {"Cache-Control": "no-cache"}
 
 
-OWN_ROUTES = {"/health": get_status, "/status": get_status, "/v1/models": get_models,
-              "/v1/models/{id:.+}": get_models, "/models": get_models, "/usage": get_usage,
-              "/metrics": get_metrics, "/": get_page}
+def page(jano: Jano) -> str:
+    """HTML: what is loaded, who waits, and who was served when."""
+    now, heads, cards = status(jano), [], ""
+    for index, model in enumerate(islice(jano.models.values(), 50)):
+        name, state = model.name, jano.state_of(model)
+        group = f"{isolated(model.group)}: " if len(jano.workers) > 1 else ""
+        verb = "unload" if state == "loaded" else "load"
+        if state != "unloaded":
+            heads.append(f"{group}{isolated(name)} is {state}")
+        cards += f"""<li class="c{index % 4}"><form method="post" {"hidden" * model.passthrough}
+action="/{verb}?model={quote(name, "")}"><button id="b{index}" aria-label="{verb} {isolated(name)}">
+{verb}</button></form><b dir="auto">{escape(name[:200])}</b><br>{group}{state},
+{now["queueByModel"][name]} waiting, {now["requestsByModel"][name]} answered"""
+    heading = "; ".join(heads) or "nothing is loaded"
+    return f"""<!doctype html><html lang="en"><link rel="icon" href="data:,"><style>{CSS}</style>
+<script>{JS}</script><meta name="viewport" content="width=device-width"><title>{heading}, \
+{now["queueDepth"]} waiting · jano</title><body><div id="down" role="alert" {"hidden" * now["ok"]}>
+jano does not answer</div><h1>{heading}</h1><h2>Swaps avoided: {now["swapsAvoided"]}, about
+{(now["swapTimeSavedMs"] or 0) / 1000:.1f} s saved</h2>Swaps made: {now["swapsTotal"]}, waiting:
+{now["queueDepth"]}, running: {now["inFlight"]}, answered: {now["requestsServedTotal"]}
+{timeline(jano, now)}<ul>{cards}</ul>{len(jano.models)} models"""
 
 
-@web.middleware
-async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Who may ask at all; and every error in OpenAI's shape."""
-    jano, headers = request.app[JANO], request.headers
-    host, origin = headers.get("Host"), headers.get("Origin")
-    own = f"http://{host}".lower(), f"https://{host}".lower()
-    try:
-        if jano.hosts and host is not None and host_name(host) not in jano.hosts:
-            # DNS rebinding: a web page's own name that points at 127.0.0.1 now.
-            raise ApiError(403, "unknown Host, see JANO_ALLOWED_HOSTS", "host_not_allowed")
-        if origin is not None and origin.lower() not in own and not jano.allows(origin):
-            raise ApiError(403, "unknown Origin, see JANO_CORS_ORIGINS", "origin_not_allowed")
-        if request.method == "OPTIONS":
-            asked = clean(headers.get("Access-Control-Request-Headers", "*"))
-            return web.Response(status=204, headers={
-                "Allow": "GET, HEAD, POST, OPTIONS", "Access-Control-Allow-Headers": asked,
-                "Access-Control-Allow-Methods": "GET, HEAD, POST", "Access-Control-Max-Age": "600"})
-        if not jano.may_ask(request) and request.path not in ("/", "/health"):
-            raise ApiError(401, "the API key is missing or wrong", "invalid_api_key")
-        return await handler(request)
-    except ApiError as error:
-        return error.response()
-    except web.HTTPException as error:
-        return ApiError(error.status, error.reason, "http_error").response()
+def isolated(name: str) -> str:
+    """As text for HTML, cut to fit, in a writing direction of its own (Unicode, UAX 9)."""
+    return escape(f"\u2068{name if len(name) < 30 else name[:29] + '…'}\u2069")
 
 
-def host_name(host: str) -> str:
-    """A Host header without its port, and an IPv6 address without its brackets."""
-    found = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]+))(?::[0-9]*)?", host.lower())
-    return (found[1] or found[2]) if found else ""
+def timeline(jano: Jano, now: dict[str, Any]) -> str:
+    """An SVG: a lane for each model with its latest requests, and a stripe for each swap."""
+    entries = [*now["active"][:30], *islice(reversed(jano.telemetry.records), 60)][:60]
+    if not entries:
+        ask = {"model": next(iter(jano.models)), "messages": [{"role": "user", "content": "Hi"}]}
+        return f"""<p><code>curl http://{jano.settings.host}:{jano.port}/v1/chat/completions --json
+{escape(shlex.quote(json.dumps(ask)))}</code>"""
+    for worker in filter(attrgetter("swapping"), jano.workers.values()):
+        took = ms(clock() - worker.swap_began)
+        now["recentSwaps"].append({"from": "", "to": worker.swapping, "ms": took})
+    for swap in now["recentSwaps"]:
+        label = f"{isolated(swap['from'] or '')} → {isolated(swap['to'])} {swap['ms'] / 1000:.1f} s"
+        entries.append({**swap, "model": "", "id": label, "total_ms": swap["ms"]})
+    spans = []
+    for entry in entries:
+        end = datetime.fromisoformat(entry["ts"]).timestamp() if "ts" in entry else time.time()
+        spans.append((end - entry["total_ms"] / 1000, end, entry))
+    last = max(end for _, end, _ in spans)
+    shown = min(300, last - min(start for start, _, _ in spans) + 0.1)  # seconds
+    drawn, y = "", 0
+    for index, name in enumerate(["", *jano.models], -1):
+        taken: list[float] = []  # up to where, in each row
+        for start, end, entry in sorted(spans, key=itemgetter(0)):
+            if entry["model"] == name and end > last - shown:
+                x, width = 88 * (1 - (last - start) / shown), max(0.3, 88 * (end - start) / shown)
+                row = next((row for row, busy in enumerate(taken) if busy <= x), len(taken))
+                taken[row : row + 1] = [x + (width if name else 75)]
+                wait = round(100 * entry.get("queue_ms", 0) / max(entry["total_ms"], 1), 1)  # in %
+                bad = entry.get("status", 200) >= 400 or not entry.get("ok", True)
+                drawn += f"""<svg class="{f"c{index % 4}" if name else "swap"} {"bad" * bad}"
+x="{x:.2f}%" y="{y + 20 + 16 * row}" width="{width:.2f}%" height="{13 if name else "100%"}"><rect/>
+<rect x="{wait}%"/><text x="{wait % 100}%" dx="3" y="11">{"✕" * bad}{entry["id"]}</text></svg>"""
+        if taken:
+            drawn += f'<text x="8" y="{y + 14}">{isolated(name) if name else "swaps"}</text>'
+            y += 24 + 16 * len(taken)
+    return f"""<svg role="img" height="{y}" aria-label="Timeline">{drawn}</svg>{shown:.0f} s until
+{time.strftime("%X %Z", time.localtime(last))}: hollow waits, solid runs, ✕ failed, grey swaps"""
 
 
-async def expect(request: web.Request) -> None:
-    """curl sends `Expect: 100-continue` by itself; other expectations may be ignored (RFC 9110)."""
-    if request.headers.get("Expect", "").lower() == "100-continue":
-        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        request.writer.output_size = 0  # the answer proper has not begun
+# ---------------------------------------------------------------------------- app and main ----
+
+# What is worked around in aiohttp 3.14: its server writes an answer once the handler has returned
+# it, while jano writes by itself and hands back one that is out; its errors have no shape of ours.
 
 
-async def finish_headers(request: web.Request, response: web.StreamResponse) -> None:
-    """When any response's headers go out: CORS, and nothing but a Date added to a backend's."""
-    origin, headers = request.headers.get("Origin"), response.headers
-    if (given := response.get(GIVEN)) is not None:
-        for name in {"server", "content-type"} - given:
-            headers.pop(name, None)
-    else:
-        headers["Server"] = f"jano/{__version__}"
-    if origin is not None and request.app[JANO].allows(origin):
-        headers["Access-Control-Allow-Origin"] = origin
-        headers["Access-Control-Expose-Headers"] = "x-request-id, Server-Timing, Retry-After"
-        headers.add("Vary", "Origin")
+class Written(web.StreamResponse):
+    """For aiohttp's server: an answer that is out already."""
+
+    def __init__(self, keep_alive: bool) -> None:
+        self.is_kept = keep_alive
+
+    @property
+    def keep_alive(self) -> bool:
+        return self.is_kept
+
+    async def prepare(self, request: web.BaseRequest) -> None:
+        """Nothing is left to do."""
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """Nothing is left to do."""
 
 
 class Connection(web.RequestHandler):
     """aiohttp's HTTP; but its own errors come in OpenAI's shape, and quote no client in the log."""
 
-    def handle_error(self, request: web.BaseRequest, status: int = 500,
-                     exc: BaseException | None = None, message: str | None = None) -> web.Response:
-        if request.writer.output_size > 0:  # too late for an answer
-            raise ConnectionError
-        if status < 500:
-            log("warn", "bad request", error=kind_of(exc))
-            error = ApiError(status, "this is not valid HTTP", "invalid_http")
-            if isinstance(exc, ContentEncodingError):  # br or zstd, without their packages
-                error = ApiError(status, "send the body as gzip, deflate or plain", "invalid_body")
-            response = error.response()
-        else:
-            log("error", "handler failed", error=kind_of(exc))
-            response = ApiError(status, "jano failed; its log says where", "bug").response()
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        error = ApiError(
+            status, "this is not valid HTTP; jano does not speak https", "invalid_http"
+        )
+        if isinstance(exc, LineTooLong) or "Too many headers" in str(exc):
+            error = ApiError(431, "the headers are larger than 64 kB", "headers_too_large")
+        elif isinstance(exc, ContentEncodingError):  # br or zstd, without their packages
+            error = ApiError(status, "send the body as gzip, deflate or plain", "invalid_body")
+        elif status >= 500:
+            error = ApiError(status, "jano failed; its log says where", "bug")
+        level, msg = ("error", "handler failed") if status >= 500 else ("warn", "bad request")
+        log(level, msg, error=kind_of(exc))
+        response = error.response(request)
         response.force_close()
         return response
 
 
 def kind_of(error: BaseException | None) -> str:
     """An exception's type and place. Not its message, which may quote a client or a backend."""
-    frames = traceback.extract_tb(error.__traceback__)[-1:] if error else []
-    return " ".join([type(error).__name__, *(f"at {f.name}:{f.lineno}" for f in frames)])
-
-# --------------------------------------------------------------------------- app and main ----
-
-
-def make_app(settings: Settings, models: list[Model]) -> web.Application:
-    app = web.Application(middlewares=[guard], client_max_size=settings.max_body_mb * 2**20)
-
-    async def lifespan(app: web.Application) -> AsyncIterator[None]:
-        silence = settings.request_timeout_ms / 1000
-        async with aiohttp.ClientSession(
-            # Kept for less time than any backend keeps it: one might close it just as we use it.
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=0.5), response_class=Answer,
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=silence),
-            cookie_jar=aiohttp.DummyCookieJar(), auto_decompress=False,
-        ) as session:
-            app[JANO] = Jano(settings, session)
-            app[JANO].adopt(models)
-            yield
-
-    app.cleanup_ctx.append(lifespan)
-    app.on_response_prepare.append(finish_headers)
-    for path, handler in OWN_ROUTES.items():
-        app.router.add_get(path, handler, expect_handler=expect)
-    app.router.add_route("*", "/{path:(?s:.*)}", serve, expect_handler=expect)
-    return app
+    trace = error.__traceback__ if error else None
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    place = f" at {trace.tb_frame.f_code.co_name}:{trace.tb_lineno}" if trace else ""
+    return type(error).__name__ + place
 
 
-async def run(settings: Settings, models: list[Model],
-              meanwhile: Callable[[int], Awaitable[None]] | None = None) -> int:
-    """Serve until a signal; meanwhile(port) runs beside it. The exit code."""
+def abort(request: web.BaseRequest) -> None:
+    """Break the connection, so that nobody takes a cut answer for a whole one. With a reset: the
+    plain end of a connection is how an HTTP/1.0 answer ends well."""
+    if request.transport:
+        client = request.transport.get_extra_info("socket")
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        request.transport.abort()
+
+
+async def run(settings: Settings, models: list[Model]) -> int:
+    """Serve until a signal. The exit code."""
     loop = asyncio.get_running_loop()
-    runner = web.AppRunner(
-        make_app(settings, models), handler_cancellation=True, shutdown_timeout=0.1)
+    jano = Jano(settings)
+    limit = settings.max_body_mb * 2**20
+    make_request = functools.partial(web.BaseRequest, loop=loop, client_max_size=limit)
+    server = web.Server(jano.handle, request_factory=make_request, handler_cancellation=True)
+    options: dict[str, Any] = {"loop": loop, "access_log": None, **LIMITS}
+    connect = functools.partial(Connection, server, **options)
+    place = (settings.host, settings.port)
     try:  # the port first: a second jano shall not even call `SWAP_COMMAND status`
-        listener = await loop.create_server(
-            lambda: Connection(runner.server, loop=loop, access_log=None),  # type: ignore[arg-type]
-            settings.jano_host, settings.jano_port, backlog=1024, start_serving=False)
+        listener = await loop.create_server(connect, *place, backlog=1024)
     except (OSError, UnicodeError) as error:
         return await explain_port(settings, error)
-    await runner.setup()
-    jano, stop = runner.app[JANO], asyncio.Event()
-    # Not by the name: 0x7f.1, 0:0:0:0:0:0:0:1 and often the machine's own are loopback, too.
-    addresses = {str(listening.getsockname()[0]) for listening in listener.sockets}
-    if all(address == "::1" or address.startswith("127.") for address in addresses):
-        allowed = map(host_name, words(settings.jano_allowed_hosts))
-        jano.hosts = {settings.jano_host.lower(), *LOOPBACK, *addresses, *allowed} - {""}
-
-    def on_signal(number: signal.Signals) -> None:
-        log("info", "received signal", sig=number.name)
-        if number == signal.SIGHUP:
-            reload(jano)
-        elif stop.is_set():
-            os._exit(1)
-        else:
-            stop.set()
-
+    addresses = [listening.getsockname()[:2] for listening in listener.sockets]
+    jano.port = addresses[0][1]
+    jano.hosts = known_hosts(settings, {address for address, _ in addresses})
+    jano.adopt(models)
+    stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        loop.add_signal_handler(number, on_signal, number)
-    await listener.start_serving()
-    port = listener.sockets[0].getsockname()[1]
-    log("info", "jano listening", host=settings.jano_host, port=port, models=list(jano.models))
-    if not (jano.hosts or settings.jano_api_key):
-        log("warn", "everybody who reaches this host may ask: JANO_API_KEY is not set")
-    beside = asyncio.ensure_future(meanwhile(port)) if meanwhile else None
-
+        loop.add_signal_handler(number, on_signal, jano, stop, number)
+    log("info", "jano listening", host=settings.host, port=jano.port, models=list(jano.models))
+    if not (jano.hosts or settings.api_key):
+        log("warn", "everybody who reaches this host may ask: set JANO_API_KEY")
     await stop.wait()
     listener.close()
     await drain(jano)
-    if beside:
-        beside.cancel()
-    status = jano.status()
-    await runner.cleanup()
-    log("info", "jano stopped", served=status["requestsServedTotal"], swaps=status["swapsTotal"],
-        swapsAvoided=status["swapsAvoided"], swapTimeSavedMs=status["swapTimeSavedMs"])
+    await server.shutdown(0.1)
+    for idle in jano.idle.values():
+        for upstream in [*idle]:
+            upstream.close()
+    await asyncio.sleep(0)  # until what has been closed is
+    now = status(jano)
+    facts = {"served": now["requestsServedTotal"], "swaps": now["swapsTotal"]}
+    facts |= {name: now[name] for name in ("swapsAvoided", "swapTimeSavedMs")}
+    log("info", "jano stopped", **facts)
     return 0
+
+
+def known_hosts(settings: Settings, addresses: set[str]) -> set[str]:
+    """What a Host header may name while jano listens on loopback; anything (empty) beyond it.
+
+    By the addresses: 0x7f.1, 0:0:0:0:0:0:0:1 and often the machine's own name are loopback, too.
+    """
+    if not all(address == "::1" or address.startswith("127.") for address in addresses):
+        return set()
+    own = LOOPBACK | addresses | {settings.host.lower(), socket.gethostname().lower()}
+    return (own | set(map(host_name, settings.allowed_hosts))) - {""}
+
+
+def on_signal(jano: Jano, stop: asyncio.Event, number: signal.Signals) -> None:
+    log("info", "received signal", sig=number.name)
+    if number == signal.SIGHUP:
+        reload(jano)
+    elif stop.is_set():
+        os._exit(1)
+    else:
+        stop.set()
+
+
+def reload(jano: Jano) -> None:
+    """Read models.json again; one with a fault changes nothing."""
+    try:
+        jano.adopt(load_models(jano.settings))
+    except ConfigError as error:
+        log("error", "models not reloaded", fault=str(error))
+    else:
+        log("info", "models reloaded", models=list(jano.models))
 
 
 async def drain(jano: Jano) -> None:
     """Fail the queued, take no more, and give what is in flight SHUTDOWN_TIMEOUT_MS to finish."""
     jano.stopping = True
     for worker in jano.workers.values():
-        worker.close(*SHUTTING_DOWN)
-    if jano.tasks:
-        await asyncio.wait(jano.tasks, timeout=jano.settings.shutdown_timeout_ms / 1000)
-
-
-def reload(jano: Jano) -> None:
-    """SIGHUP: read models.json again; one with faults changes nothing."""
-    try:
-        jano.adopt(load_models(jano.settings))
-    except ConfigError as error:
-        log("error", "models not reloaded", faults=str(error).splitlines())
-    else:
-        log("info", "models reloaded", models=list(jano.models))
+        worker.close(SHUTTING_DOWN)
+    if jano.calls:
+        await asyncio.wait(jano.calls.values(), timeout=jano.settings.shutdown_timeout)
 
 
 async def explain_port(settings: Settings, error: Exception) -> int:
     """0 if another jano has the port: cron starts one every minute. Else 1."""
-    host = settings.jano_host  # 0.0.0.0 and :: reach this machine, too
-    place = f"[{host}]:{settings.jano_port}" if ":" in host else f"{host}:{settings.jano_port}"
-    with contextlib.suppress(aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError):
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    place = f"{host}:{settings.port}"  # 0.0.0.0 and :: reach this machine, too
+    with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError, ValueError):
         limit = aiohttp.ClientTimeout(total=5)
         async with aiohttp.request("GET", f"http://{place}/health", timeout=limit) as answer:
             if answer.headers.get("Server", "").startswith("jano/"):
@@ -1733,282 +2726,44 @@ class LibraryLog(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info[1] if record.exc_info else None
-        # What a client sends that has been refused, or odd headers of a form, is no complaint.
-        if not isinstance(error, web.RequestPayloadError) and record.name != "aiohttp.internal":
-            log("warn", "complaint of a library", library=record.name, error=kind_of(error))
+        if not isinstance(error, web.RequestPayloadError):  # a client's fault, and refused
+            place = kind_of(error) if error else f"{record.module}:{record.lineno}"
+            log("warn", "complaint of a library", library=record.name, error=place)
+
+
+def raise_file_limit() -> None:
+    """A Mac's 256 open files would be gone before MAX_QUEUE is reached."""
+    import resource  # which Windows lacks
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = 10_240 if hard == resource.RLIM_INFINITY else min(10_240, hard)
+    if 0 <= soft < enough:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description="One OpenAI-compatible front door for local models that share one memory.",
-        epilog="Settings: the environment or ./.env, and models.json; the README lists them.")
+        epilog="Settings: the environment or ./.env, and models.json; the README lists them.",
+    )
     parser.add_argument("--check", action="store_true", help="check the configuration, then exit")
-    parser.add_argument("--demo", action="store_true", help="show the idea, with toy models")
     parser.add_argument("--version", action="version", version=f"jano {__version__}")
     options = parser.parse_args()
-    if sys.platform == "win32":
-        print("jano: Windows lacks process groups and SIGHUP; run it in WSL", file=sys.stderr)
-        return 1
     while (unused := os.open(os.devnull, os.O_RDWR)) <= 2:  # started with >&-: a socket must not
         pass  # get the number of a standard stream
     os.close(unused)
     logging.basicConfig(handlers=[LibraryLog()], level=logging.WARNING)
-    for kind in (aiohttp.BadContentDispositionHeader, aiohttp.BadContentDispositionParam):
-        warnings.simplefilter("ignore", kind)  # they quote what clients send
-    if options.demo:
-        return demo()
     try:
-        settings = load_settings(os.environ, Path.cwd())
+        settings = load_settings(os.environ)
         models = load_models(settings)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
     if options.check:
-        print(f"jano: the configuration is fine: {len(models)} models")
+        print(f"jano: the configuration is fine: {', '.join(model.name for model in models)}")
         return 0
-    return run_loop(run(settings, models))
-
-
-def run_loop(work: Coroutine[Any, Any, int]) -> int:
-    """On uvloop, if that happens to be installed."""
-    import resource  # which Windows lacks
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    enough = 10_240 if hard == resource.RLIM_INFINITY else min(10_240, hard)
-    if 0 <= soft < enough:  # a Mac's 256 would be gone before MAX_QUEUE is reached
-        resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
-    try:
-        import uvloop  # type: ignore[import-not-found, unused-ignore]
-    except ImportError:
-        return asyncio.run(work)
-    return int(uvloop.run(work))
-
-# ----------------------------------------------------------------------------------- page ----
-
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>jano</title>
-<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,"><style>
-:root { color-scheme: light dark; --ink: light-dark(#1b1c20, #ececef); --dim: light-dark(
-  #5a5d66, #a6a9b2); --card: light-dark(#fff, #1b1c20); --bad: light-dark(#b3261e, #ff8f86) }
-* { box-sizing: border-box; margin: 0; padding: 0; overflow-wrap: anywhere;
-  --hue: light-dark(oklch(49% .12 var(--h)), oklch(79% .1 var(--h))) } .on { fill: var(--card) }
-.h0 { --h: 255 } .h1 { --h: 55 } .h2, #saved { --h: 160 } .h3 { --h: 310 } .h4 { --h: 105 }
-body { max-width: 68rem; margin: auto; padding: 1rem; font: 15px/1.45 system-ui, sans-serif;
-  color: var(--ink); background: light-dark(#f5f5f2, #131417) } pre { white-space: pre-wrap }
-h1, h2 { font-size: 1rem; margin-top: .8rem } #saved { color: var(--hue) } rect { rx: 2px }
-ul, ol { display: flex; flex-wrap: wrap; gap: .5rem; margin: .5rem 0; list-style: none }
-header p, ul b { display: block; font-size: 1.8rem; font-weight: 600; line-height: 1.3 }
-li, pre, input, button { padding: .2rem .6rem; font-size: 1rem } ul li { flex: 1 1 8rem }
-ul li, svg, pre { background: var(--card); border: 1px solid #8884; border-radius: 8px }
-ol li { background: var(--hue); color: var(--card); border-radius: 6px } .held { opacity: .14 }
-.turn::before { content: "▶" / ""; position: absolute; translate: -1.8rem; color: var(--dim) }
-.turn { margin-left: 1.3rem } .wait { fill: none; stroke: var(--hue) } .end { text-anchor: end }
-svg { display: block; width: 100%; margin: .5rem 0; font-size: 12px; fill: var(--ink) }
-text:not(.on) { paint-order: stroke; stroke: var(--card) } .run, .held { fill: var(--hue) }
-.dim { fill: var(--dim); color: var(--dim) } .swap { stroke: #8888; stroke-dasharray: 1 3 }
-.bad, .lost { fill: none; stroke: var(--bad); stroke-dasharray: 3 } #fault { color: var(--bad) }
-</style><header><h1>jano</h1><p id="loaded" aria-live="polite">…</p><p id="saved"></p></header>
-<main><p class="dim">One model fits in memory. What is asked of it is answered first; only then
-is another swapped in.</p><p id="fault" role="alert"></p><form id="door" hidden><label for="key">
-API key</label> <input id="key" type="password" size="14" pattern="[ -~]+" autocomplete="off">
-<button>Show</button></form><div id="view" hidden><ul id="tiles"></ul><section id="idle">
-<h2>Nothing has been asked yet. Try:</h2><pre id="hint"></pre></section><section id="order">
-<h2>Changes of model ▶ as asked: <b id="asked-turns"></b></h2><ol id="asked"></ol>
-<h2>Changes of model ▶ as answered: <b id="answered-turns"></b></h2><ol id="answered"></ol>
-</section><h2>Timeline</h2><svg id="chart" role="img"><g></g><g></g></svg><p class="dim">Each bar is
-a request: hollow = waiting, solid = being answered, dashed ✕ = failed. Stripe = swap, tint =
-loaded. <span id="quiet"></span></p></div></main><script type="module">
-const $ = id => document.getElementById(id), [under, over] = $("chart").children;
-let key = sessionStorage.getItem("jano-key") ?? "", skew = 0, view = 0, begun = new Map();
-function add(parent, tag, set, text = "") {                 // text stays text, whoever wrote it
-  const node = parent.appendChild(document.createElementNS(parent.namespaceURI, tag));
-  for (const name in set) node.setAttribute(name, set[name]); return node.append(text), node; }
-const box = (g, css, x, y, width, height) => add(g, "rect", {class: css, x, y, width, height});
-const write = (text, css, x, y) => add(over, "text", {class: css, x, y}, text);
-const say = (id, text) => { if ($(id).textContent !== text) $(id).textContent = text; };
-const span = ms => ms < 99500 ? (ms / 1e3).toFixed(1) + " s" : ms < 6e6 ?
-  Math.round(ms / 6e4) + " min" : Math.round(ms / 36e5) + " h";
-const short = (name, most = 12) => String.fromCodePoint(0x2068) + ([...name].length > most
-  ? [...name].slice(0, most - 1).join("") + "…" : name) + String.fromCodePoint(0x2069);
-function show(s, {records}, at) {                             // all times in epoch milliseconds
-  const swaps = s.recentSwaps, bars = new Map(), now = new Map(), quiet = [], e = s.lastError;
-  for (const w of swaps) w.end = Date.parse(w.ts), w.start = w.end - w.ms;
-  for (const b of [...s.active, ...records]) {         // who is in both has finished in between
-    b.end = b.ts ? Date.parse(b.ts) : Infinity, b.start = Math.min(b.end, at) - b.total_ms;
-    b.turn = b.state === "waiting" ? b.end : Math.min(b.end, b.start + b.queue_ms);
-    b.bad = b.status >= 400, b.label = (b.bad ? "✕" : "") + b.id, bars.set(b.id, b); }
-  for (const [name, {currentModel, swapping: to}] of Object.entries(s.groups ?? {"": s})) {
-    const was = begun.get(name) ?? {}, from = currentModel ?? (to && (was.to ?? was.from));
-    if (!to || was.to !== to) begun.set(name, {from, to, start: at, end: Infinity, ok: true});
-    if (to) swaps.push(begun.get(name));             // begun: group -> its swap, as first seen
-    now.set(to ?? currentModel, to ? "being swapped in" : "loaded"); }
-  const all = [...bars.values()].sort((a, b) => a.id - b.id);
-  const recent = all.slice(0, all.findLastIndex(b => b.turn < b.end) + 7).slice(-12);
-  const names = [...new Set([...Object.keys(s.backendHealth), ...all.map(b => b.model)])];
-  const hue = m => "h" + names.indexOf(m) % 5, queued = new Map(Object.entries(s.queueByModel));
-  const head = [...now].map(([m, is]) => `${short(m ?? "nothing", 40)} is ${is}`).join(", ");
-  $("chart").ariaLabel = document.title = `${head} · ${s.queueDepth} waiting — jano`;
-  const saved = s.swapTimeSavedMs ? `, about ${span(s.swapTimeSavedMs)} saved` : "";
-  say("saved", `Swaps avoided: ${s.swapsAvoided}${saved}`);
-  say("loaded", head), under.replaceChildren(), over.replaceChildren();
-  const lists = ["tiles", "asked", "answered"].map(id => $(id).cloneNode());
-  for (const [value, name] of [[s.swapsTotal, "swaps made"], [s.queueDepth, "waiting"],
-    [s.inFlight, "in flight"], [s.recentGenTokS ?? "–", "tokens per second"],
-    [s.requestsServedTotal, "answered"], [s.errorsLast15m, "failed in 15 min"]])
-    add(add(lists[0], "li", {}), "b", {}, value).after(name);
-  say("hint", `curl ${location.origin}/v1/chat/completions --json '{"model": "${names.find(m =>
-    /^[-.:A-Za-z0-9_]+$/.test(m)) ?? "…"}", "messages": [{"role": "user", "content": "Hi"}]}'`);
-  const li = ul => ({model, label}, i, order) => add(ul, "li", {class: hue(model) +
-    (i && model !== order[i - 1].model ? " turn" : "")}, `${label} ${short(model)}`);
-  $("order").hidden = !($("idle").hidden = all.length > 0), recent.forEach(li(lists[1]));
-  recent.filter(b => b.turn < b.end).sort((a, b) => a.turn - b.turn).forEach(li(lists[2]));
-  for (const ul of lists) if (!ul.isEqualNode($(ul.id))) $(ul.id).replaceWith(ul);
-  for (const ul of lists.slice(1)) say(ul.id + "-turns", "" + ul.querySelectorAll(".turn").length);
-  const to = all[0] ? Math.min(at, Math.max(...[...all, ...swaps].map(b => b.end)) + 1e3) : at;
-  const need = Math.max(1e4, ...all.map(b => b.end > to - 1e4 && to - b.start));
-  view = view < need || view > need * 3 ? need * 1.2 : view;     // ms on show; the last: to
-  const end = $("chart").clientWidth - 24, px = end / view;
-  const x = t => Math.max(-9, end + Math.min((t - to) * px, 0)); let y = 20, edge = 0;
-  for (const m of names) {
-    const mine = all.filter(b => b.model === m && x(b.end) > 0), rows = [], n = queued.get(m);
-    if (names[8] && !now.has(m) && !mine.length) { quiet.push(" " + short(m, 30)); continue; }
-    for (const b of mine)                                         // its row: the first free one
-      rows[b.row = [...rows, 0].findIndex(free => free < b.start)] = b.end + 30 / px;
-    const tall = Math.max(3, Math.min(18, 300 / rows.length)), top = y;
-    y += 26 + tall * Math.max(rows.length, names[4] ? 1 : 3);
-    if (now.get(m) === "loaded") box(under, hue(m) + " held", 0, top, end + 24, y - top);
-    add(write(short(m, 30), "", 8, top + 15), "tspan", {class: "dim", dx: 8},
-      [now.get(m), n && n + " waiting"].filter(Boolean).join(", "));
-    for (const b of mine) {
-      const x0 = x(b.start), x2 = Math.max(x(b.end), x0 + 2), x1 = b.bad ? x2 : x(b.turn);
-      const spot = Math.max(x1 < x2 ? x1 : x0, 0), fits = x2 - spot > 8 * b.label.length;
-      const row = top + 22 + b.row * tall, ink = fits && x1 < x2 ? "on" : "";
-      box(over, b.bad ? "bad" : hue(m) + " wait", x0, row, x1 - x0, tall * .8);
-      box(over, hue(m) + " run", x1, row, x2 - x1, tall * .8);
-      if (tall > 11) write(b.label, ink, (fits ? spot : x2) + 3, row + 12); } }
-  for (const w of swaps) {
-    const x0 = x(w.start), x1 = x(w.end), mid = (x0 + x1) / 2, css = w.ok ? "swap" : "lost";
-    const took = (w.ok ? "" : "✕ ") + span(Math.min(w.end, at) - w.start);
-    const full = `${short(w.from ?? "–")} → ${short(w.to ?? "–")} ${took}`;
-    add(under, "path", {class: css, "stroke-width": x1 - x0 + 2, d: `M${mid} 18V${y}`});
-    write([full, took].find(t => t.length * 7 < x1 - edge) ?? "", "end", edge = x1, 13); }
-  for (const t of [to, to - view / 2])
-    write(t < at ? span(at - t) + " ago" : "now", "dim end", x(t), y + 14);
-  $("chart").setAttribute("height", y + 22), say("quiet", (quiet[0] ? `Quiet:${quiet}. ` : "") +
-    (e ? `Last failure: ${short(e.model)}, ${short(e.message, 200)}.` : "")); }
-$("door").onsubmit = e => { e.preventDefault(), key = $("key").value, $("door").hidden = true };
-for (;; await new Promise(wake => setTimeout(wake, 1000))) try {
-  if (document.hidden || !$("door").hidden) continue;
-  const ask = path => fetch(path, {signal: AbortSignal.timeout(5000), headers: key ?
-    {Authorization: "Bearer " + key} : {}}).then(a => a.ok ? a : Promise.reject(a));
-  const status = await ask("status"), usage = await ask("usage?limit=200");
-  const off = Date.parse(usage.headers.get("Date")) + 500 - Date.now();     // of whole seconds
-  if (Math.abs(off - skew) > 2000) skew = off;              // skew: jano's clock minus ours, ms
-  $("view").hidden = false, sessionStorage.setItem("jano-key", key), say("fault", "");
-  show(await status.json(), await usage.json(), Date.now() + skew); } catch ({status}) {
-  if (status !== 401) { say("fault", document.title = "Jano unreachable, retrying"); continue; }
-  say("fault", key && "That is not the key."), key = "";
-  $("view").hidden = true, $("door").hidden = false, $("door").reset(), $("key").focus(); }
-</script>
-"""
-
-
-SCRIPT = 'script type="module"'
-
-
-def csp_hash(tag: str) -> str:
-    """The source expression for the page's one style or script (CSP Level 3, 2.3.1)."""
-    text = PAGE.partition(f"<{tag}>")[2].partition(f"</{tag.split()[0]}>")[0]
-    return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
-
-
-PAGE_HEADERS = {
-    "Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-cache",
-    "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; "
-    f"script-src {csp_hash(SCRIPT)}; style-src {csp_hash('style')}; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff"}
-
-# ----------------------------------------------------------------------------------- demo ----
-
-BURST = ["1.chat", "2.code", "3.chat", "4.chat", "5.code", "6.code"]
-TOY_BACKEND = """import http.server, sys, time
-class Toy(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.end_headers()
-        self.wfile.write(b'{"timings": {"predicted_n": 60, "predicted_per_second": 60}}')
-    def do_POST(self):
-        self.rfile.read(int(self.headers["Content-Length"]))
-        time.sleep(1)  # to answer
-        self.do_GET()
-time.sleep(2)  # to load
-http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Toy).serve_forever()
-"""
-TOY_SWAP = """#!/bin/sh
-cd "$(dirname "$0")"
-if [ $1 = status ]; then exec cat loaded; fi
-if [ -e pid ]; then kill $(cat pid); rm pid loaded; fi
-if [ $1 = unload ]; then exit; fi
-PYTHON toy.py $(cat $1.port) >/dev/null 2>&1 & echo $! >pid
-echo "$1: loaded" >loaded
-"""
-
-
-def demo() -> int:
-    """Toy backends as real processes, a real swap script, the burst at the real port."""
-    with tempfile.TemporaryDirectory(prefix="jano demo ") as name:
-        folder, screen, models = Path(name), sys.stdout, []
-        for model in ("chat", "code"):
-            with socket.create_server(("127.0.0.1", 0)) as free:
-                port = free.getsockname()[1]
-            (folder / f"{model}.port").write_text(str(port))
-            models.append({"name": model, "url": f"http://127.0.0.1:{port}"})
-        (folder / "models.json").write_text(json.dumps({"models": models}))
-        (folder / "toy.py").write_text(TOY_BACKEND)
-        swap = folder / "swap.sh"
-        swap.write_text(TOY_SWAP.replace("PYTHON", shlex.quote(sys.executable)))
-        swap.chmod(0o700)
-        settings = load_settings({"SWAP_COMMAND": str(swap), "JANO_PORT": "0"}, folder)
-        print("Two toy models share one memory: chat is loaded, a swap takes two seconds.")
-        subprocess.run([swap, "chat"], check=True)
-        time.sleep(2.5)  # until it is ready
-        try:
-            with open(folder / "log", "w") as file, contextlib.redirect_stdout(file):
-                work = run(settings, load_models(settings), lambda port: burst(port, screen))
-                return run_loop(work)
-        finally:
-            subprocess.run([swap, "unload"], check=False)
-
-
-async def burst(port: int, screen: TextIO) -> None:
-    """Fire the six requests, then print who was served when."""
-    url = f"http://127.0.0.1:{port}"
-
-    def row(steps: list[str]) -> str:
-        """The steps, with a mark wherever the model changes."""
-        models = ["chat", *(step[2:] for step in steps)]
-        return "".join(("  " if models[i] == models[i + 1] else "  ▶ swap ▶  ") + step
-                       for i, step in enumerate(steps))
-
-    async def ask(number: int, step: str) -> None:
-        await asyncio.sleep(number / 10)
-        async with session.post("/v1/chat/completions", json={"model": step[2:]}) as answer:
-            await answer.read()
-        served.append(step)
-        print(f"  {clock() - begin:4.1f} s  {step} answered", file=screen, flush=True)
-
-    print(f"Six requests at {url}:  {'  '.join(BURST)}\n", file=screen, flush=True)
-    served: list[str] = []
-    begin = clock()
-    async with aiohttp.ClientSession(url, raise_for_status=True) as session:
-        await asyncio.gather(*(ask(number, step) for number, step in enumerate(BURST)))
-        async with session.get("/status") as answer:
-            status = await answer.json()
-    made, saved = status["swapsTotal"], status["swapsAvoided"]
-    print(f"\nA naive proxy, in order of arrival: {made + saved} swaps\n{row(BURST)}\n"
-          f"Jano: {made} swap{'s' * (made != 1)}\n{row(served)}\n\n"
-          f"The same as a picture: {url}/   Ctrl-C ends the demo.", file=screen, flush=True)
+    raise_file_limit()
+    return asyncio.run(run(settings, models))
 
 
 if __name__ == "__main__":
