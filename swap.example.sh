@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Swap script for Jano: one model server at a time, as a plain process with a log and a pid file.
+# Swap script for Jano: the servers are plain processes, each with a log and a pid file.
 #
 #   swap.sh NAME      stop the other servers, wait until they are gone, start NAME's; exit 0.
-#                     NAME is loaded already: exit 0 at once. Jano waits until it answers, not we.
-#   swap.sh status    print "NAME: loaded" for the server that runs
-#   swap.sh unload    stop it
+#                     NAME runs already: exit 0 at once. Jano waits until it answers, not we.
+#                     JANO_RESTART=1 in the environment: it runs, but does not answer; replace it.
+#   swap.sh status    print "NAME: loaded" for a server that runs, "NAME: dead" for one that ended
+#                     by itself, and on stderr why: jano logs the last line that it finds there
+#   swap.sh unload    stop all servers
 #
 # Exit 0 means done; anything else comes with a line on stderr. Calls may overlap, be repeated, or
 # be killed half-way: the next one puts things right. Needs bash 3.2 and ps; for Linux and macOS.
@@ -13,6 +15,7 @@ set -u
 
 # Your models: the name in models.json, then its server's command. The command must stay in the
 # foreground: no `&`, no daemon mode. `env CUDA_VISIBLE_DEVICES=1 some-server …` works as well.
+# A set, whose models run at the same time, is a row, too: `model SET together MODEL MODEL …`.
 table() {
   model chat llama-server -m "$HOME/models/chat.gguf" --port 8081
   model code llama-server -m "$HOME/models/code.gguf" --port 8080
@@ -32,7 +35,8 @@ file() { echo "$dir/${1//\//_}.$2"; }   # names like org/model are fine
 # --- Plain processes: start, stop, loaded. Others to put in their place are at the end of the file.
 
 start() {
-  local log last; log=$(file "$1" log)
+  local log; log=$(file "$1" log)
+  refuse_taken_port "$1"
   mv -f "$log" "$log.1" 2>/dev/null
   set -m      # job control gives the server a process group of its own: it outlives us and jano
   (record "$1" && exec 9>&- && exec "${cmd[@]}") </dev/null >>"$log" 2>&1 &
@@ -41,15 +45,16 @@ start() {
   for _ in 1 2 3 4 5; do
     sleep 0.1
     living $! $! && continue
+    tail -n 5 "$log" >&2
     stop "$1"
-    last=$(tail -n 1 "$log")
-    die "\"$1\" exited at once: ${last:-no output} (log: $log)"
+    die "\"$1\" exited at once: $(last_words "$1")"
   done
 }
 
 stop() {
   if recorded "$1"; then
     kill -TERM -- "-$pid" 2>/dev/null
+    kill -CONT -- "-$pid" 2>/dev/null       # a suspended process acts on TERM when it goes on
     if ! gone_within "$grace"; then
       kill -KILL -- "-$pid" 2>/dev/null     # vLLM with an open stream ignores TERM
       gone_within 30 || die "\"$1\" (process group $pid) does not stop"
@@ -59,6 +64,34 @@ stop() {
 }
 
 loaded() { recorded "$1" && living "$pid" "$pid"; }
+
+died() { [ -s "$(file "$1" pid)" ] && ! loaded "$1"; }      # was started, and not stopped by us
+
+# Why the server of $1 ended: the last line of its log about memory, or else the last line. (With
+# llama-server that one says only that it exits.)
+last_words() {
+  local log lines cause memory='(out ?of|insufficient).*memory|(failed|unable) to alloc|bad_alloc'
+  log=$(file "$1" log)
+  lines=$(export LC_ALL=C
+    tail -n 200 "$log" 2>/dev/null | tr '\r\000' '\n ' | grep -a '[^[:space:]]')
+  cause=$(printf '%s\n' "$lines" | grep -aEi "$memory")
+  cause=${cause:-${lines:-no output}}
+  cause=${cause##*$'\n'}
+  echo "${cause:0:200} (log: $log)"
+}
+
+# A server that finds its port taken dies later, or not at all, and jano would take the answers of
+# whoever listens there for its own.
+refuse_taken_port() {
+  local port owner option=' --port[ =]([0-9]+) '
+  [[ " ${cmd[*]-} " =~ $option ]] || return 0
+  port=${BASH_REMATCH[1]}
+  (exec 3<>"/dev/tcp/localhost/$port") 2>/dev/null || return 0
+  owner=$({ lsof -nP -t -iTCP:"$port" -sTCP:LISTEN ||
+    ss -Hltnp "sport = :$port" | sed -n 's/.*pid=\([0-9]*\).*/\1/p'; } 2>/dev/null | head -n 1)
+  if [ "$owner" ]; then owner="process $owner: $(ps -o args= -p "$owner")"; fi
+  die "port $port of \"$1\" is taken by ${owner:-a process of somebody else}"
+}
 
 # Runs in the child, before it becomes the server: no server ever runs without its pid file, nor is
 # the lock (fd 9) free before that is written, even if we are killed.
@@ -91,23 +124,38 @@ born() {      # when process $1 started; Linux's lstart moves when the clock is 
 # threads of it are still on their way out (Zl).
 living() {
   local all; all=$(ps -A -o pid= -o pgid= -o stat=) || die "ps failed"
-  grep -Eq "^ *$1 +$2 +([^Z ]|Z[^ ]*l)" <<<"$all"
+  printf '%s\n' "$all" | grep -Eq "^ *$1 +$2 +([^Z ]|Z[^ ]*l)"    # <<< would need room in /tmp
 }
 
-gone_within() {
-  local deadline=$((SECONDS + $1))
+gone_within() {     # counts its looks, as the clock may jump
+  local looks=$(($1 * 10))
   while living '[0-9]+' "$pid"; do
-    [ "$SECONDS" -lt "$deadline" ] || return 1
+    [ $((looks--)) -gt 0 ] || return 1
     sleep 0.1
   done
 }
 
 # --- The contract, whatever the servers are.
 
-models=() known='' cmd=()
+models=() members=() cmd=() sought=''
+
+# Finds $1 in the table: members are the models that it stands for, and cmd is its command.
+look_up() {
+  sought=$1 models=() members=() cmd=()
+  table
+  if [ "${cmd[0]-}" = together ]; then members=("${cmd[@]:1}"); fi
+  [ "${members[*]-}" ] || die "unknown model \"$1\"; the table has: ${models[*]-}"
+}
+
 model() {
   models+=("$1")
-  if [ "$1" = "$wanted" ]; then known=yes cmd=("${@:2}"); fi
+  if [ "$1" = "$sought" ]; then members=("$1") cmd=("${@:2}"); fi
+}
+
+among() {     # is $1 one of the others?
+  local word
+  for word in "${@:2}"; do if [ "$word" = "$1" ]; then return 0; fi; done
+  return 1
 }
 
 lock() {      # one call at a time; the kernel drops the lock when its holder dies, however it dies
@@ -117,27 +165,48 @@ lock() {      # one call at a time; the kernel drops the lock when its holder di
   fi || die "cannot lock $dir/lock"
 }
 
+need_room() {   # for pid file and log; to be asked before anything is stopped
+  if ! echo >"$dir/room" || ! rm "$dir/room"; then die "cannot write in $dir"; fi
+}
+
 [ $# -eq 1 ] || die "usage: ${0##*/} NAME | status | unload"
-wanted=$1
-table
 (umask 077 && mkdir -p "$dir") || exit 1
 ps -A -o pid= -o pgid= -o stat= >/dev/null || die "needs a ps that knows -A and -o (procps)"
 
-case $wanted in
+case $1 in
   status)
-    for name in "${models[@]}"; do if loaded "$name"; then echo "$name: loaded"; fi; done ;;
+    table
+    for name in "${models[@]}"; do
+      if loaded "$name"; then
+        echo "$name: loaded" || exit 1      # as what it does not name is not there
+      elif died "$name"; then
+        echo "$name: dead"
+        echo "$name: dead: $(last_words "$name")" >&2
+      fi
+    done ;;
   unload)
     lock
+    table
     for name in "${models[@]}"; do stop "$name"; done ;;
   *)
-    [ "$known" ] || die "unknown model \"$wanted\"; its table has: ${models[*]}"
-    [ -z "${cmd[*]-}" ] || command -v "${cmd[0]}" >/dev/null ||
-      die "\"$wanted\": command not found: ${cmd[0]}"
+    look_up "$1"
+    wants=("${members[@]}")
+    for name in "${wants[@]}"; do
+      look_up "$name"
+      [ -z "${cmd[*]-}" ] || command -v "${cmd[0]}" >/dev/null ||
+        die "\"$name\": command not found: ${cmd[0]}"
+    done
     lock
-    for name in "${models[@]}"; do [ "$name" = "$wanted" ] || stop "$name"; done
-    loaded "$wanted" && exit 0
-    stop "$wanted"      # what is left of it, should its leader have died
-    start "$wanted" ;;
+    for name in "${wants[@]}"; do loaded "$name" || need_room; done
+    for name in "${models[@]}"; do
+      if [ "${JANO_RESTART-}" = 1 ] || ! among "$name" "${wants[@]}"; then stop "$name"; fi
+    done
+    for name in "${wants[@]}"; do
+      loaded "$name" && continue
+      stop "$name"      # what is left of it, should its leader have died
+      look_up "$name"
+      start "$name"
+    done ;;
 esac
 exit 0
 
