@@ -27,7 +27,7 @@ stop() { docker compose stop -t "$grace" "$1" || die "\"$1\" does not stop"; }  
 
 running() {   # is the service $1 running?
   local all; all=$(docker compose ps --services --status running) || die "docker compose fails"
-  grep -qxF -e "$1" <<<"$all"
+  printf '%s\n' "$all" | grep -qxF -e "$1"     # <<< would need room in /tmp
 }
 
 lock() {      # one call at a time: the lock is on this very file and goes when we go
@@ -51,7 +51,10 @@ case $1 in
   *)
     [[ " ${models[*]} " == *" $1 "* ]] || die "unknown model \"$1\"; it knows: ${models[*]}"
     lock
-    for name in "${models[@]}"; do [ "$name" = "$1" ] || stop "$name"; done
+    for name in "${models[@]}"; do
+      # JANO_RESTART=1: it runs but does not answer.
+      if [ "$name" != "$1" ] || [ "${JANO_RESTART-}" = 1 ]; then stop "$name"; fi
+    done
     running "$1" && exit 0
     docker compose up -d --no-deps "$1" || die "\"$1\" does not start"
     sleep 1

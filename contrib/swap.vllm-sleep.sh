@@ -5,7 +5,8 @@
 #
 #   swap.vllm-sleep.sh NAME | status | unload     the contract of swap.example.sh
 #
-# It starts no server. Start them yourself, one after the other, each put to sleep before the next:
+# It starts no server, nor does it restart one that hangs. Start them yourself, one after the other,
+# each put to sleep before the next:
 #   VLLM_SERVER_DEV_MODE=1 vllm serve org/chat --enable-sleep-mode --host 127.0.0.1 --port 8081
 #   ./swap.vllm-sleep.sh unload
 # Dev mode opens endpoints that are nobody else's business: keep these servers on loopback.
