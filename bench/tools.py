@@ -1,5 +1,4 @@
-"""What the measurements share: processes that end with them, a raw HTTP client and
-backend, and tables."""
+"""What the measurements share: processes, a raw HTTP client and backend, tables."""
 
 from __future__ import annotations
 
@@ -16,21 +15,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 JANO = Path(__file__).resolve().parent.parent / "jano.py"
-STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-Figure = tuple[str, float, str, float]  # what, measured, "<=" or ">=", limit
+STREAM_HEAD = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n"
+)
+LAST_CHUNK = b"0\r\n\r\n"
 
 
 class Bench:
-    """Processes in one temporary folder; none outlives it."""
+    """A temporary folder and the processes that work in it; none outlives it."""
 
     def __enter__(self) -> Bench:
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # for thousands of connections
-        if hard != resource.RLIM_INFINITY and soft < hard:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if hard != resource.RLIM_INFINITY and soft < hard:  # for thousands of connections
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         self.temporary = tempfile.TemporaryDirectory(prefix="jano-bench-")
         self.folder = Path(self.temporary.name)
@@ -38,107 +39,134 @@ class Bench:
         return self
 
     def __exit__(self, fault: object, *_: object) -> None:
-        for log in self.folder.glob("*.log") if fault else ():
-            print(f"--- {log.name}\n{log.read_text()[-2000:]}", file=sys.stderr)
+        if fault:
+            for log in self.folder.glob("*.log"):
+                print(f"--- {log.name}\n{log.read_text()[-2000:]}", file=sys.stderr)
         for process in self.processes:
             process.kill()
             process.wait()
         self.temporary.cleanup()
 
     def start(self, port: int, *argv: object, **environ: str) -> int:
-        """A process that listens on port once this returns; its pid. Its output is in PORT.log."""
-        environ = {name: value for name, value in os.environ.items()
-                   if not name.startswith("PYTHON")} | environ
-        with open(self.folder / f"{port}.log", "wb") as log:
+        """Start a process, wait until it listens on `port`, return its pid; it logs to PORT.log."""
+        clean = {name: value for name, value in os.environ.items() if name[:6] != "PYTHON"}
+        command = [str(argument) for argument in argv]
+        path = self.folder / f"{port}.log"
+        with open(path, "wb") as log:
             process = subprocess.Popen(
-                list(map(str, argv)), cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log,
-                stderr=subprocess.STDOUT, env=environ)
+                command, cwd=self.folder, stdout=log, stderr=log, env=clean | environ
+            )
         self.processes.append(process)
-        while process.poll() is None:
+        patience = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < patience:
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     return process.pid
             time.sleep(0.02)
-        raise SystemExit((self.folder / f"{port}.log").read_text())
+        raise SystemExit(f"{command} does not listen on {port}:\n{path.read_text()}")
 
-    def jano(self, port: int, models: list[dict[str, Any]], swap: str = 'echo "m: loaded"',
-             run: tuple[object, ...] = (JANO,), **settings: str) -> int:
-        """A jano in front of these models; swap is what its script does. Its pid."""
+    def jano(
+        self,
+        port: int,
+        models: list[dict[str, Any]],
+        swap: str = "exit 0",
+        command: Sequence[object] = (sys.executable, JANO),
+        **settings: str,
+    ) -> int:
+        """Start a jano in front of `models`; `swap` is the text of its script. Its pid."""
         (self.folder / f"{port}.json").write_text(json.dumps({"models": models}))
         script = self.folder / f"{port}.sh"
         script.write_text(f"#!/bin/sh\n{swap}\n")
         script.chmod(0o700)
-        return self.start(port, sys.executable, *run, SWAP_COMMAND=shlex.quote(str(script)),
-                          MODELS_FILE=f"{port}.json", JANO_PORT=str(port), **settings)
+        settings["SWAP_COMMAND"] = shlex.quote(str(script))
+        settings["MODELS_FILE"] = f"{port}.json"
+        settings["JANO_PORT"] = str(port)
+        return self.start(port, *command, **settings)
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that are free now, below those that connections are given (32768 on Linux)."""
-    ports: list[int] = []
-    while len(ports) < count:
+def absolute_path(text: str) -> Path:
+    """For command lines: processes are started in another folder."""
+    return Path(text).resolve()
+
+
+def free_port() -> int:
+    """A port that is free now, below the range that outgoing connections use (Linux: 32768)."""
+    while True:
         port = random.randrange(20_000, 32_000)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
-            ports.append(port)
-    return ports
+            return port
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time that all threads of a process have used so far (Linux)."""
+    nanoseconds = 0
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        nanoseconds += int((thread / "schedstat").read_text().split()[0])
+    return nanoseconds / 1e9
+
+
+def rss_mb(pid: int) -> float:
+    """Resident memory of a process (Linux)."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+# ------------------------------------------------------------------------- client and backend
+
+
+class Lost(Exception):
+    """A request got no 200, or no whole answer."""
 
 
 class Client:
-    """One connection, with as little between clock and socket as there can be."""
+    """One blocking connection, with as little between clock and socket as possible."""
 
     def __init__(self, port: int) -> None:
-        self.port, self.body = port, b""
-        self.length: int | None = None  # of the answer's body; None: it is chunked
+        self.port = port
         self.connect()
 
     def connect(self) -> None:
         self.socket = socket.create_connection(("127.0.0.1", self.port), 600)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.ended = select.poll()  # as select itself knows no more than 1,024 files
-        self.ended.register(self.socket, select.POLLIN)
-
-    def send(self, request: bytes) -> None:
-        if self.ended.poll(0):  # the end: Node closes after 5 idle seconds
-            self.connect()
-        self.socket.sendall(request)
+        self.readable = select.poll()
+        self.readable.register(self.socket, select.POLLIN)
 
     def ask(self, request: bytes) -> tuple[float, float]:
-        """Seconds until the answer's first byte of body, and until it is whole."""
+        """Seconds until the first byte of the answer's body, and until it is whole. Raises Lost."""
+        if self.readable.poll(0):  # between two answers that is the end of the connection
+            self.connect()
         begin = time.perf_counter()
-        self.send(request)
-        first = self.begin()
-        while not self.whole():
-            self.body += self.receive()
-        return first - begin, time.perf_counter() - begin
-
-    def begin(self) -> float:
-        """Read until the body begins; when it did so."""
-        data = b""
-        while not (data.partition(b"\r\n\r\n")[2] or b"content-length: 0\r\n" in data.lower()):
+        self.socket.sendall(request)
+        data = self.receive()
+        while data.startswith(b"HTTP/1.1 200 ") and not data.partition(b"\r\n\r\n")[2]:
             data += self.receive()
-        head, _, self.body = data.partition(b"\r\n\r\n")
-        if b" 200 " not in head[:13]:
-            raise SystemExit(f"not a 200: {data.decode(errors='replace')}")
-        found = head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0]
-        self.length = int(found) if found else None
-        return time.perf_counter()
-
-    def whole(self) -> bool:
-        if self.length is None:
-            return self.body.endswith(b"0\r\n\r\n")
-        return len(self.body) >= self.length
+        first = time.perf_counter() - begin
+        head, _, body = data.partition(b"\r\n\r\n")
+        if not head.startswith(b"HTTP/1.1 200 "):
+            raise Lost(data.decode(errors="replace"))
+        length = head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0]
+        while len(body) < int(length) if length else not body.endswith(LAST_CHUNK):
+            body += self.receive()
+        return first, time.perf_counter() - begin
 
     def receive(self) -> bytes:
-        if data := self.socket.recv(2**18):
-            return data
-        raise SystemExit("the connection was closed in the middle of an answer")
+        data = self.socket.recv(2**18)
+        if not data:
+            raise Lost("the connection was closed in the middle of an answer")
+        return data
 
 
 class Backend(asyncio.Protocol):
-    """The other end: may_write is set as long as what is written goes out."""
+    """A raw server: `answer` gets each whole request; `may_write` is set while the peer reads."""
 
-    def connection_made(self, transport: Any) -> None:
-        self.transport, self.may_write = transport, asyncio.Event()
+    transport: asyncio.Transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        self.received = b""
+        self.may_write = asyncio.Event()
         self.may_write.set()
 
     def pause_writing(self) -> None:
@@ -147,60 +175,69 @@ class Backend(asyncio.Protocol):
     def resume_writing(self) -> None:
         self.may_write.set()
 
+    def data_received(self, data: bytes) -> None:
+        """Collect one request; no client sends a second one before it has the answer."""
+        self.received += data
+        head, end_of_head, body = self.received.partition(b"\r\n\r\n")
+        length = head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0]
+        if end_of_head and len(body) >= int(length or 0):
+            self.received = b""
+            self.answer(head, body)
+
+    def answer(self, head: bytes, body: bytes) -> None:
+        raise NotImplementedError
+
     @classmethod
     async def serve(cls, port: int) -> None:
-        server = await asyncio.get_running_loop().create_server(
-            cls, "127.0.0.1", port, backlog=1024)
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(cls, "127.0.0.1", port, backlog=1024)
         await server.serve_forever()
 
 
 def post(path: str = "/v1/chat/completions", **fields: Any) -> bytes:
-    """A request as a client sends it."""
+    """A chat request to model "m" as a client sends it; the fields are added to its JSON."""
     messages = [{"role": "user", "content": "Who was it that looked both ways?"}]
-    body = json.dumps({"model": "m", "messages": messages, **fields}).encode()
-    head = (f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nUser-Agent: bench\r\nAccept: */*\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n")
+    body = json.dumps({"model": "m", "messages": messages} | fields).encode()
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nUser-Agent: bench\r\nAccept: */*\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
     return head.encode() + body
 
 
-def cpu_seconds(pid: int) -> float:
-    """What a process has used so far, its threads included (Linux)."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+# ------------------------------------------------------------------------- figures and tables
 
 
-def rss_mb(pid: int) -> float:
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+class Figure(NamedTuple):
+    what: str
+    measured: float
+    sign: str  # "<=" or ">="
+    limit: float
 
-
-def quantile(values: Iterable[float], share: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
+    def is_kept(self) -> bool:
+        if self.sign == "<=":
+            return self.measured <= self.limit
+        return self.measured >= self.limit
 
 
 def table(title: str, rows: list[dict[str, str]]) -> None:
-    """As Markdown: the first column is text, the others are numbers."""
-    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
-
-    def line(cells: Iterable[str]) -> str:
-        first, *others = zip(cells, widths.values())
-        return " | ".join([f"| {first[0]:{first[1]}}", *(f"{c:>{w}}" for c, w in others)]) + " |"
-
-    rules = ["-" * width for width in widths.values()]
-    print(f"\n{title}\n\n{line(widths)}")
-    print("|-" + rules[0] + "-|" + "".join(f"-{rule}:|" for rule in rules[1:]))
-    for row in rows:
-        print(line(row[name] for name in widths), flush=True)
+    """Print rows as Markdown: the first column is text, the others are numbers."""
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    widths = [max(len(cell) for cell in column) for column in zip(*lines)]
+    rules = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    print(f"\n{title}\n")
+    for first, *others in [lines[0], rules, *lines[1:]]:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        print(f"| {' | '.join([first.ljust(widths[0]), *cells])} |", flush=True)
 
 
 def verdict(figures: list[Figure]) -> int:
     """Print each figure beside its limit. The exit code: 1 if one is missed."""
-    rows, missed = [], 0
-    for what, value, sign, limit in figures:
-        kept = value <= limit if sign == "<=" else value >= limit
-        missed += not kept
-        rows.append({"figure": what, "measured": f"{value:.2f}", "limit": f"{sign} {limit:g}",
-                     "": "kept" if kept else "MISSED"})
+    rows = []
+    for figure in figures:
+        row = {"figure": figure.what, "measured": f"{figure.measured:.2f}"}
+        row["limit"] = f"{figure.sign} {figure.limit:g}"
+        row[""] = "kept" if figure.is_kept() else "MISSED"
+        rows.append(row)
     table("Figures", rows)
-    return int(missed > 0)
+    return int(not all(figure.is_kept() for figure in figures))
