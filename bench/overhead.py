@@ -1,23 +1,26 @@
-"""What does jano add to a request? Beside the least that a proxy on aiohttp can add, in one run.
+"""What does Jano add to a request? Beside the least that a proxy on aiohttp can add, in one run.
 
-    python bench/overhead.py [--quick] [--peer NAME=URL …] [--backend-port PORT]
+    python bench/overhead.py [--quick] [--jano FILE] [--old FILE] [--ancestor COMMAND]
+                             [--llama-swap BINARY]
 
-direct       the backend itself: raw asyncio, answers at once; Keep-Alive as from llama-server
-minimal      a few lines of aiohttp that forward with a pooled ClientSession and do nothing else
-jano         with room for all (slots), its log in a file
-no records   jano with the recorders of its telemetry stubbed out (Telemetry, Tail)
-haproxy      and nginx, if they are on the PATH: one thread, kept connections, no buffering
---peer       anything with an OpenAI-compatible API in front of the backend, which then needs
-             --backend-port; the model is called "m"
+direct      the backend itself, raw asyncio; it behaves as three kinds of servers, see Backend
+minimal     a few lines of aiohttp that forward with a pooled ClientSession and do nothing else
+jano        with room for all requests (slots), its log in a file
+old         another jano.py, for instance that of an earlier version
+nginx       and haproxy, if they are installed: one thread, kept connections, no buffering
+llama-swap  its binary, with one model and a high concurrencyLimit
+ancestor    a7t-ai/jano, for instance --ancestor "node /path/src/index.ts"; one request at a time
 
-The machine's mood changes within seconds. So every figure is taken in rounds, the targets in turn
-within each, in one-shot requests one by one; a ratio is the median of the rounds' own ratios.
+The machine's mood changes within seconds. So each round measures the targets in turn, one-shot
+requests even one by one, and a ratio is the median of the rounds' own ratios.
 
-added        of one connection: a target's time minus direct's, medians (p95: of 95th percentiles)
-first byte   until the first byte of a stream's body
-lateness     how long after the backend wrote it a chunk arrives, in a stream with pauses
-chunks/s     of one stream that goes as fast as it can
-CPU          user and system time of the process in between, in seconds
+added       a target's time minus direct's, of one connection: medians (p95: 95th percentiles)
+first byte  until the first byte of a stream's body, added as well
+CPU         user and system time of the target's process (direct's is for all the targets)
+chunks/s    of one stream that goes as fast as it can
+
+Instructions in user space are counted by valgrind, if it is installed: they do not depend on what
+else the machine does.
 """
 
 from __future__ import annotations
@@ -26,24 +29,27 @@ import argparse
 import asyncio
 import json
 import os
+import random
+import shlex
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
-from statistics import median
+from pathlib import Path
+from statistics import median, quantiles
 from typing import Any
-from urllib.parse import urlsplit
 
 import aiohttp
 import tools
 from aiohttp import web
-from tools import Bench, Client, Figure, cpu_seconds, free_ports, post, quantile, rss_mb
+from tools import Bench, Client, Figure, cpu_seconds, free_port, post, rss_mb
 
 CONNECTIONS = (1, 8, 64)
-STUBBED = f"""import sys; sys.path.insert(0, {str(tools.JANO.parent)!r})
-import jano
-jano.Telemetry.settled = jano.Telemetry.arrived = jano.Tail.feed = lambda *_: None
-sys.exit(jano.main())"""
+CASES = {  # what is measured one by one, and the kinds of server that make a difference to it
+    "one-shot": ("silent", "promising"),
+    "first byte": ("silent", "promising", "closing"),
+}
 HAPROXY = """global
   nbthread 1
 defaults
@@ -68,50 +74,62 @@ http {{
 }}
 """
 
-# -------------------------------------------------------------------- backend and minimal ----
 
-ANSWER = json.dumps({
-    "id": "x", "object": "chat.completion", "choices": [{"index": 0, "message": {
-        "role": "assistant", "content": "Jano."}, "finish_reason": "stop"}],
-    "usage": {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12}}).encode()
-ONE_SHOT = (b"HTTP/1.1 200 OK\r\nKeep-Alive: timeout=5, max=100\r\n"  # as llama-server does
-            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(ANSWER) + ANSWER)
+# ----------------------------------------------------------------------- backend and minimal
+
+ANSWER = b"""{"id": "x", "object": "chat.completion", "choices": [{"index": 0, "message":
+ {"role": "assistant", "content": "Jano."}, "finish_reason": "stop"}],
+ "usage": {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12}}"""
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n" % len(ANSWER)
+EVENT = b'data: {"choices": [{"index": 0, "delta": {"content": " word"}}]}\n\n'
+CHUNK = b"%x\r\n%b\r\n" % (len(EVENT), EVENT)
 
 
 class Backend(tools.Backend):
-    """Answers at once; a stream has as many chunks, and pauses, as its request says."""
+    """Answers at once, as the server that the request names.
 
-    data = b""  # of a request, so far
+    silent     keeps connections as HTTP/1.1 does by default: uvicorn, hence vLLM; Go, hence Ollama
+    promising  says that it keeps them, and does
+    closing    says that it keeps them, and closes after each stream: llama-server
+    """
 
-    def data_received(self, data: bytes) -> None:
-        self.data += data
-        head, found, rest = self.data.partition(b"\r\n\r\n")
-        length = head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0]
-        if not found or len(rest) < int(length or 0):
-            return
-        self.data = b""  # no client here sends a second request before it has the answer
-        if b'"stream": true' not in rest:
-            self.transport.write(ONE_SHOT)
-            return
-        self.streaming = asyncio.ensure_future(self.stream(**json.loads(rest)))
+    def answer(self, head: bytes, body: bytes) -> None:
+        request = json.loads(body or b'{"server": "silent", "stream": false}')  # GET /health
+        promise = b"" if request["server"] == "silent" else b"Keep-Alive: timeout=5, max=100\r\n"
+        if request["stream"]:
+            self.transport.write(tools.STREAM_HEAD + promise + b"\r\n")
+            self.streaming = asyncio.ensure_future(self.stream(request))
+        else:
+            self.transport.write(HEAD + promise + b"\r\n" + ANSWER)
 
-    async def stream(self, chunks: int, pause: float = 0, **more: Any) -> None:
-        self.transport.write(tools.STREAM)
-        for _ in range(chunks):
-            delta = {"choices": [{"index": 0, "delta": {"content": " word"}}]}
-            line = f'data: {{"at": {time.monotonic():.6f}, {json.dumps(delta)[1:]}\n\n'
-            self.transport.write(b"%x\r\n%b\r\n" % (len(line), line.encode()))
-            await (asyncio.sleep(pause) if pause else self.may_write.wait())
-        self.transport.write(b"0\r\n\r\n")
+    async def stream(self, request: dict[str, Any]) -> None:
+        for _ in range(request["chunks"]):
+            await self.may_write.wait()
+            self.transport.write(CHUNK)
+            if request["pause"]:
+                await asyncio.sleep(request["pause"])
+        self.transport.write(tools.LAST_CHUNK)
+        if request["server"] == "closing":
+            self.transport.close()
+
+
+def one_shot(server: str = "silent") -> bytes:
+    return post(server=server, stream=False)
+
+
+def stream(server: str = "silent", chunks: int = 2, pause: float = 0) -> bytes:
+    """Ask for a stream of so many chunks; pauses are seconds."""
+    return post(server=server, stream=True, chunks=chunks, pause=pause)
 
 
 HOP_BY_HOP = {"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "host"}
+BACKEND_URL = web.AppKey("BACKEND_URL", str)
 SESSION = web.AppKey("SESSION", aiohttp.ClientSession)
 
 
-async def minimal(request: web.Request) -> web.StreamResponse:
-    """The practical limit: what everyone would write."""
-    url = request.app[BACKEND] + request.path_qs
+async def forward(request: web.Request) -> web.StreamResponse:
+    """What everyone would write: it reads no JSON, logs nothing and queues nobody."""
+    url = request.app[BACKEND_URL] + request.path_qs
     headers = [(k, v) for k, v in request.headers.items() if k.lower() not in HOP_BY_HOP]
     data = await request.read()
     async with request.app[SESSION].post(url, data=data, headers=headers) as upstream:
@@ -124,51 +142,162 @@ async def minimal(request: web.Request) -> web.StreamResponse:
         return response
 
 
-BACKEND = web.AppKey("BACKEND", str)
+async def keep_session(app: web.Application) -> AsyncIterator[None]:
+    async with aiohttp.ClientSession(auto_decompress=False) as session:
+        app[SESSION] = session
+        yield
 
 
-def run_minimal(port: int, url: str) -> None:
-    async def lifespan(app: web.Application) -> AsyncIterator[None]:
-        async with aiohttp.ClientSession(auto_decompress=False) as app[SESSION]:
-            yield
-
+def serve_minimal(port: int, url: str) -> None:
     app = web.Application(client_max_size=2**30)
-    app[BACKEND] = url
-    app.cleanup_ctx.append(lifespan)
-    app.router.add_post("/{path:.*}", minimal)
+    app[BACKEND_URL] = url
+    app.cleanup_ctx.append(keep_session)
+    app.router.add_post("/{path:.*}", forward)
     web.run_app(app, host="127.0.0.1", port=port, print=None, access_log=None)
 
-# --------------------------------------------------------------------------- measurements ----
+
+# ------------------------------------------------------------------------------------ targets
 
 
 class Target:
-    def __init__(self, name: str, port: int, pid: int | None) -> None:
-        self.name, self.port, self.pid, self.client = name, port, pid, Client(port)
-        self.rounds: dict[str, list[float]] = {}  # figure -> one value a round
+    """One process that is measured."""
 
-    def note(self, figure: str, value: float) -> None:
-        self.rounds.setdefault(figure, []).append(value)
+    def __init__(self, name: str, port: int, pid: int) -> None:
+        self.name = name
+        self.port = port
+        self.pid = pid
+        self.client = Client(port)
+        self.rounds: dict[str, list[float]] = {}  # measure -> one value a round
+        self.lost = 0  # requests that were not answered well
 
-    def cpu(self) -> float:
-        return cpu_seconds(self.pid) if self.pid else 0.0
+    def note(self, measure: str, value: float) -> None:
+        self.rounds.setdefault(measure, []).append(value)
+
+    def ratio(self, other: Target, measure: str) -> float:
+        """The median of the rounds' ratios of this target to the other one."""
+        return median(a / b for a, b in zip(self.rounds[measure], other.rounds[measure]))
 
 
-def one_by_one(targets: list[Target], count: int, stream: bool) -> None:
-    """The latency of requests, one at a time, the targets in turn."""
-    request, what = post(stream=stream, chunks=2), "first byte" if stream else "one-shot"
-    times: dict[Target, list[float]] = {target: [] for target in targets}
-    for _ in range(count):
-        for target in targets:
-            times[target].append(target.client.ask(request)[0 if stream else 1] * 1000)
+class Targets:
+    """Starts targets, all in front of one backend."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.backend = free_port()
+        self.url = f"http://127.0.0.1:{self.backend}"
+        pid = bench.start(self.backend, sys.executable, __file__, "--serve", self.backend)
+        self.direct = Target("direct", self.backend, pid)
+
+    def start(self, name: str, *argv: object) -> Target:
+        """{port} in the command becomes a free port."""
+        port = free_port()
+        command = [str(argument).replace("{port}", str(port)) for argument in argv]
+        return Target(name, port, self.bench.start(port, *command, PYTHONHASHSEED="0"))
+
+    def minimal(self, *wrapper: object) -> Target:
+        """`wrapper` is a command that runs another one, such as valgrind."""
+        argv = (sys.executable, __file__, "--serve", "{port}", self.url)
+        return self.start("minimal", *wrapper, *argv)
+
+    def jano(self, name: str, *command: object) -> Target:
+        port = free_port()
+        models = [{"name": "m", "url": self.url, "slots": 10_000}]
+        pid = self.bench.jano(port, models, command=command, PYTHONHASHSEED="0")
+        return Target(name, port, pid)
+
+    def configured(self, name: str, template: str, *command: object) -> Target:
+        """A proxy that reads the file at the end of its command."""
+        port = free_port()
+        path = self.bench.folder / f"{name}.conf"
+        fields = {"port": port, "backend": self.backend, "folder": self.bench.folder}
+        path.write_text(template.format(**fields))
+        return Target(name, port, self.bench.start(port, *command, path))
+
+    def llama_swap(self, program: str) -> Target:
+        """Its configuration is YAML, of which JSON is a part."""
+        model: dict[str, object] = {"cmd": "sleep 3600", "checkEndpoint": "none"}
+        model |= {"proxy": self.url, "concurrencyLimit": 1000}
+        path = self.bench.folder / "llama-swap.yaml"
+        path.write_text(json.dumps({"models": {"m": model}}))
+        argv = (program, "-config", path, "-listen", "127.0.0.1:{port}")
+        return self.start("llama-swap", *argv)
+
+    def all(self, options: argparse.Namespace) -> dict[str, Target]:
+        """Those that are at hand and asked for, by name."""
+        path = os.environ["PATH"] + ":/usr/sbin"
+        nginx, haproxy = shutil.which("nginx", path=path), shutil.which("haproxy", path=path)
+        targets = [self.direct, self.minimal(), self.jano("jano", sys.executable, options.jano)]
+        if options.old:
+            targets.append(self.jano("old", sys.executable, options.old))
+        if options.ancestor:
+            targets.append(self.jano("ancestor", *shlex.split(options.ancestor)))
+        if options.llama_swap:
+            targets.append(self.llama_swap(options.llama_swap))
+        if nginx and not options.quick:
+            targets.append(self.configured("nginx", NGINX, nginx, "-c"))
+        if haproxy and not options.quick:
+            targets.append(self.configured("haproxy", HAPROXY, haproxy, "-db", "-f"))
+        return {target.name: target for target in targets}
+
+
+# ------------------------------------------------------------------------------- measurements
+
+
+def measure(targets: list[Target], quick: bool) -> None:
     for target in targets:
-        for share in (50, 95):
-            least = quantile(times[targets[0]], share / 100)
-            target.note(f"{what} p{share}", quantile(times[target], share / 100) - least)
+        asyncio.run(load(target, 8, 60, 500))  # warm up
+    for _ in range(3 if quick else 12):
+        for shape, servers in CASES.items():
+            for server in servers:
+                one_by_one(targets, shape, server, 100 if quick else 200)
+        for connections in CONNECTIONS:
+            under_load(targets, connections, 0.3 if quick else 0.7)
+        long_stream(targets, 3000 if quick else 10_000)
+
+
+def one_by_one(targets: list[Target], shape: str, server: str, count: int) -> None:
+    """Latency and CPU time of requests of one connection, one at a time, the targets in turn."""
+    request = one_shot(server) if shape == "one-shot" else stream(server, pause=0.001)
+    times: dict[Target, list[float]] = {target: [] for target in targets}
+    cpu = {target: cpu_seconds(target.pid) for target in targets}
+    direct = targets[0]
+    for _ in range(count):
+        # In a random order, as each target still tidies up while the next one is asked.
+        for target in random.sample(targets, len(targets)):
+            try:
+                first, whole = target.client.ask(request)
+                times[target].append(whole if shape == "one-shot" else first)
+            except tools.Lost:
+                target.lost += 1
+                target.client.connect()
+        if server == "closing":
+            direct.client.connect()  # its end may still be on its way
+    for target in targets:
+        for percent in (50, 95):
+            base, taken = (percentile(times[one], percent) for one in (direct, target))
+            target.note(f"{shape} p{percent} added, ms, {server}", (taken - base) * 1000)
+        used = cpu_seconds(target.pid) - cpu[target]
+        target.note(f"CPU ms, {shape}, {server}", used / count * 1000)
+
+
+def percentile(values: list[float], percent: int) -> float:
+    return quantiles(values, n=100)[percent - 1]
+
+
+def under_load(targets: list[Target], connections: int, seconds: float) -> None:
+    for target in targets:
+        begin, cpu = time.monotonic(), cpu_seconds(target.pid)
+        done = asyncio.run(load(target, connections, seconds))
+        target.note(f"requests/s, clients: {connections}", done / (time.monotonic() - begin))
+        used = cpu_seconds(target.pid) - cpu
+        target.note(f"CPU ms, clients: {connections}", used / done * 1000)
 
 
 async def load(target: Target, connections: int, seconds: float, most: int = 10**9) -> int:
-    """How many requests that many clients get through, each with one at a time."""
-    request, done, end = post(), 0, time.monotonic() + seconds
+    """How many requests so many clients get through, each asking one after the other."""
+    request = one_shot()
+    end = time.monotonic() + seconds
+    done = 0
 
     async def client() -> None:
         nonlocal done
@@ -178,7 +307,10 @@ async def load(target: Target, connections: int, seconds: float, most: int = 10*
             head = await reader.readuntil(b"\r\n\r\n")
             if not head.startswith(b"HTTP/1.1 200"):
                 raise SystemExit(f"{target.name} under load: {head.decode()}")
-            await reader.readexactly(len(ANSWER))
+            if b"chunked" in head:
+                await reader.readuntil(tools.LAST_CHUNK)
+            else:
+                await reader.readexactly(len(ANSWER))
             done += 1
         writer.close()
 
@@ -186,111 +318,153 @@ async def load(target: Target, connections: int, seconds: float, most: int = 10*
     return done
 
 
-def under_load(targets: list[Target], connections: int, seconds: float) -> None:
-    for target in targets:
-        begin, cpu = time.monotonic(), target.cpu()
-        done = asyncio.run(load(target, connections, seconds))
-        target.note(f"requests/s, {connections}", done / (time.monotonic() - begin))
-        if connections == 8:
-            target.note("CPU s per 1,000 requests", (target.cpu() - cpu) / done * 1000)
-
-
 def long_stream(targets: list[Target], chunks: int) -> None:
     for target in targets:
-        cpu, seconds = target.cpu(), target.client.ask(post(stream=True, chunks=chunks))[1]
+        cpu = cpu_seconds(target.pid)
+        _, seconds = target.client.ask(stream(chunks=chunks))
         target.note("chunks/s", chunks / seconds)
-        target.note("CPU s per 100,000 chunks", (target.cpu() - cpu) / chunks * 1e5)
+        target.note("CPU ms, 1,000 chunks", (cpu_seconds(target.pid) - cpu) / chunks * 1e6)
 
 
-def slow_stream(targets: list[Target], chunks: int) -> None:
-    """A chunk must not wait for the next one, which comes 10 ms later."""
-    for target in targets:
-        client, late = target.client, []
-        client.send(post(stream=True, chunks=chunks, pause=0.01))
-        client.begin()
-        while not client.whole():
-            now, (_, found, rest) = time.monotonic(), client.body.rpartition(b'"at": ')
-            late.append((now - float(rest.partition(b",")[0])) * 1000 if found else 0.0)
-            client.body = client.receive()
-        target.note("lateness", quantile(late, 0.5))
+def print_measures(targets: list[Target]) -> None:
+    rows = []
+    for measure in targets[0].rounds:
+        row = {"": measure}
+        for target in targets:
+            row[target.name] = f"{median(target.rounds[measure]):.4g}"
+        rows.append(row)
+    rows.append({"": "requests lost", **{target.name: str(target.lost) for target in targets}})
+    tools.table("Medians of the rounds", rows)
 
 
-def ratio(target: Target, other: Target, figure: str) -> float:
-    return median(a / b for a, b in zip(target.rounds[figure], other.rounds[figure]))
+def ratios(jano: Target, minimal: Target, quick: bool) -> list[Figure]:
+    """Three quick rounds are few: they check what noise touches least, and with some room."""
+    limits = [
+        ("one-shot p50 added, ms, silent", "<=", 0.9),
+        ("one-shot p50 added, ms, promising", "<=", 0.9),
+        ("first byte p50 added, ms, silent", "<=", 0.95),
+        ("first byte p50 added, ms, promising", "<=", 0.95),
+        ("first byte p50 added, ms, closing", "<=", 0.95),
+        ("CPU ms, one-shot, silent", "<=", 0.9),
+        ("CPU ms, one-shot, promising", "<=", 0.9),
+        ("CPU ms, clients: 8", "<=", 0.9),
+    ]
+    if quick:
+        limits = [(measure, sign, limit * 1.25) for measure, sign, limit in limits]
+    else:
+        limits += [
+            ("one-shot p95 added, ms, silent", "<=", 1.1),
+            ("one-shot p95 added, ms, promising", "<=", 1.1),
+            ("requests/s, clients: 1", ">=", 1.1),
+            ("requests/s, clients: 8", ">=", 1.1),
+            ("requests/s, clients: 64", ">=", 0.95),
+            ("chunks/s", ">=", 0.95),
+        ]
+    figures = [Figure("requests lost", jano.lost, "<=", 0)]
+    for measure, sign, limit in limits:
+        name = f"{measure.replace(' ms,', '')}, times minimal's"
+        figures.append(Figure(name, jano.ratio(minimal, measure), sign, limit))
+    return figures
 
-# ----------------------------------------------------------------------------------- main ----
+
+def beside_llama_swap(jano: Target, llama_swap: Target) -> list[Figure]:
+    added = jano.ratio(llama_swap, "one-shot p50 added, ms, silent")
+    cpu = jano.ratio(llama_swap, "CPU ms, one-shot, silent")
+    return [
+        Figure("one-shot p50 added, silent, times llama-swap's", added, "<=", 0.9),
+        Figure("CPU, one-shot, silent, times llama-swap's", cpu, "<=", 0.75),
+    ]
 
 
-def start(bench: Bench, peers: list[str], backend_port: int | None) -> list[Target]:
-    """direct, minimal, jano, no records, then the others."""
-    ports, me = free_ports(6), [sys.executable, __file__]
-    ports[0] = backend_port or ports[0]
-    url = f"http://127.0.0.1:{ports[0]}"
-    model = {"name": "m", "url": url, "slots": 10_000}
-    targets = [Target("direct", ports[0], bench.start(ports[0], *me, "--serve", ports[0])),
-               Target("minimal", ports[1], bench.start(ports[1], *me, "--serve", ports[1], url)),
-               Target("jano", ports[2], bench.jano(ports[2], [model])),
-               Target("no records", ports[3], bench.jano(ports[3], [model], run=("-c", STUBBED)))]
-    for name, config, flags, port in (("haproxy", HAPROXY, ["-db", "-f"], ports[4]),
-                                      ("nginx", NGINX, ["-c"], ports[5])):
-        if program := shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin"):
-            path = bench.folder / f"{name}.conf"
-            path.write_text(config.format(port=port, backend=ports[0], folder=bench.folder))
-            targets.append(Target(name, port, bench.start(port, program, *flags, path)))
-    for peer in peers:
-        name, _, address = peer.partition("=")
-        targets.append(Target(name, urlsplit(address).port or 80, None))
-    return targets
+def memory(jano: Target) -> list[Figure]:
+    asyncio.run(load(jano, 64, 600, 10_000))
+    early = rss_mb(jano.pid)
+    asyncio.run(load(jano, 64, 600, 90_000))
+    late = rss_mb(jano.pid)
+    return [
+        Figure("MB after 100,000 requests", late, "<=", 48),
+        Figure("MB after 100,000 requests, times that after 10,000", late / early, "<=", 1.03),
+    ]
+
+
+# ------------------------------------------------------------------------------- instructions
+
+
+def instructions(bench: Bench, options: argparse.Namespace) -> list[Figure]:
+    """Count them under valgrind, and print a table; jano's one-shot is a figure."""
+    targets = Targets(bench)
+    folder = options.profiles or bench.folder
+    output = f"--callgrind-out-file={folder}/callgrind.%p"
+    valgrind = ("valgrind", "--tool=callgrind", output)
+    counted = [targets.jano("jano", *valgrind, sys.executable, options.jano)]
+    if options.old:
+        counted.append(targets.jano("old", *valgrind, sys.executable, options.old))
+    if not options.quick:
+        counted.append(targets.minimal(*valgrind))
+    requests = {
+        "one-shot": one_shot(),
+        "stream, 20 chunks in one go": stream(chunks=20),
+        "stream, 20 chunks one by one": stream(chunks=20, pause=0.005),
+    }
+    rows = []
+    for target in counted:
+        row = {"": target.name}
+        for shape, request in requests.items():
+            row[shape] = f"{instructions_of(target, request, folder) / 1000:.0f}"
+        rows.append(row)
+    tools.table("Instructions a request, in thousands", rows)
+    return [Figure("instructions, one-shot, thousands", float(rows[0]["one-shot"]), "<=", 620)]
+
+
+def instructions_of(target: Target, request: bytes, folder: Path) -> float:
+    """The mean of a hundred requests."""
+    for _ in range(30):  # warm up
+        target.client.ask(request)
+    dump_profile(target.pid, folder)
+    for _ in range(100):
+        target.client.ask(request)
+    return dump_profile(target.pid, folder) / 100
+
+
+def dump_profile(pid: int, folder: Path) -> int:
+    """How many instructions a process under valgrind has run since the last call of this."""
+    subprocess.run(["vgdb", f"--pid={pid}", "dump"], check=True, capture_output=True)
+    dumps = sorted(folder.glob(f"callgrind.{pid}.*"), key=lambda path: int(path.suffix[1:]))
+    return int(dumps[-1].read_text().rpartition("\ntotals: ")[2])
+
+
+# --------------------------------------------------------------------------------------- main
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure what jano adds to a request.")
-    parser.add_argument("--quick", action="store_true", help="a minute, and no run of 100,000")
-    parser.add_argument("--peer", action="append", default=[], metavar="NAME=URL")
-    parser.add_argument("--backend-port", type=int, metavar="PORT")
-    parser.add_argument("--serve", nargs="+", help=argparse.SUPPRESS)  # as one of the processes
+    parser.add_argument("--quick", action="store_true", help="half a minute, fewer targets")
+    path = tools.absolute_path
+    parser.add_argument("--jano", type=path, default=tools.JANO, metavar="FILE")
+    parser.add_argument("--old", type=path, metavar="FILE", help="a jano.py to compare with")
+    parser.add_argument("--ancestor", metavar="COMMAND")
+    parser.add_argument("--llama-swap", metavar="BINARY")
+    parser.add_argument("--profiles", type=path, metavar="FOLDER", help="of callgrind, to keep")
+    parser.add_argument("--serve", nargs="+", help=argparse.SUPPRESS)  # our own processes
     options = parser.parse_args()
     if options.serve:
         port, *url = options.serve
-        run_minimal(int(port), *url) if url else asyncio.run(Backend.serve(int(port)))
-        return 0
-    quick = options.quick
+        if url:
+            serve_minimal(int(port), *url)
+        else:
+            asyncio.run(Backend.serve(int(port)))
     with Bench() as bench:
-        targets = start(bench, options.peer, options.backend_port)
-        direct, minimal, jano, stubbed = targets[:4]
-        for target in targets:
-            asyncio.run(load(target, 8, 60, 500))  # warm up
-        for _ in range(3 if quick else 7):
-            one_by_one(targets, 200 if quick else 400, stream=False)
-            one_by_one(targets, 100 if quick else 200, stream=True)
-            for connections in CONNECTIONS:
-                under_load(targets, connections, 0.5 if quick else 1)
-            long_stream(targets, 5000 if quick else 20_000)
-            slow_stream(targets, 50)
-        rows = [{"median of the rounds": figure, **{
-            target.name: f"{median(target.rounds[figure]):.4g}" for target in targets}}
-            for figure in direct.rounds]
-        memory = {target.name: f"{rss_mb(target.pid):.0f}" if target.pid else "-"
-                  for target in targets}
-        rows.append({"median of the rounds": "MB", **memory})
-        tools.table("Latencies are ms above direct's; lateness in ms", rows)
-        asyncio.run(load(jano, 8, 600, 10_000))
-        after = [rss_mb(jano.pid or 0)]
-        if not quick:
-            asyncio.run(load(jano, 8, 600, 90_000))
-            after.append(rss_mb(jano.pid or 0))
-    figures: list[Figure] = [
-        (f"{what}, added, times the minimal forwarder's", ratio(jano, minimal, what), "<=", 1.25)
-        for what in ("one-shot p50", "one-shot p95", "first byte p50", "first byte p95")]
-    figures.append(("one-shot p50, added, times the one without records",
-                    ratio(jano, stubbed, "one-shot p50"), "<=", 1.1))
-    for what, least in (*((f"requests/s, {n}", 0.8) for n in CONNECTIONS), ("chunks/s", 0.9)):
-        figures.append((f"{what}, times the minimal forwarder's",
-                        ratio(jano, minimal, what), ">=", least))
-    figures.append(("chunk's lateness, ms", median(jano.rounds["lateness"]), "<=", 5))
-    figures.append(("MB after 10,000 requests more", after[0], "<=", 50))
-    if not quick:
-        figures.append(("MB after 100,000, times that", after[1] / after[0], "<=", 1.05))
+        by_name = Targets(bench).all(options)
+        measure(list(by_name.values()), options.quick)
+        print_measures(list(by_name.values()))
+        figures = ratios(by_name["jano"], by_name["minimal"], options.quick)
+        if options.llama_swap:
+            figures += beside_llama_swap(by_name["jano"], by_name["llama-swap"])
+        if not options.quick:
+            figures += memory(by_name["jano"])
+    if shutil.which("valgrind"):
+        with Bench() as bench:
+            figures += instructions(bench, options)
     return tools.verdict(figures)
 
 
