@@ -2370,7 +2370,7 @@ def status(jano: Jano) -> dict[str, Any]:
     waiting = [call for call in active if not call.running]
     queued = Counter(call.model for call in waiting)
     swapped = [model.group for model in models.values() if not model.passthrough]
-    groups = {group: group_status(jano, group) for group in swapped}
+    groups = {group: group_status(jano, group) for group in dict.fromkeys(swapped)}
     served = Counter(dict.fromkeys(models, 0))
     for (model, code), count in told.requests.items():
         served[model] += count if 200 <= code < 300 else 0
