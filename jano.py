@@ -129,21 +129,18 @@ class Schedule:
         self.turn = turn  # MAX_TURN_MS; 0 is plain greed
         self.linger = linger  # LINGER_MS
         self.slots: dict[str, int] = {}  # model -> how many of its tickets may be in flight
-        self.set_of: dict[str, str] = {}  # model -> its set
+        self.set_of: dict[str, str] = {}  # model -> its set, or else its own name
         # Tier and model -> its tickets, oldest first; nothing for who has none.
         self.queues: dict[tuple[int, str], OrderedDict[Ticket, None]] = {}
         self.in_flight: set[Ticket] = set()
         self.loaded: str | None = None  # the set that owns the memory
         self.loaded_at = 0.0
         self.queued = 0.0  # since loaded_at, the longest wait of a ticket of the loaded set
-        self.cost: dict[
-            str, float
-        ] = {}  # set -> seconds from "admit no more" to ready; the last one counts half
+        # Set -> seconds from "admit no more" to ready; the last one counts half.
+        self.cost: dict[str, float] = {}
         self.waiting_since: dict[str, float] = {}  # set that is not loaded -> when its wait began
         self.forget_at: dict[str, float] = {}  # set that nobody waits for -> when its wait ends
-        self.patient_until: dict[
-            str, float
-        ] = {}  # set -> when its patience with another's turn ends
+        self.patient_until: dict[str, float] = {}  # set -> when it lets another's turn end
         self.idle_since: dict[str, float] = {}  # set -> since when nothing of it waits or runs
         self.gaps: dict[str, deque[float]] = {}  # set -> its last two idle times that ended
         self.decision = NOTHING  # what remains to be done
@@ -151,7 +148,7 @@ class Schedule:
 
     def arrive(self, ticket: Ticket, now: float) -> None:
         """A ticket comes. One that was granted a turn already, in vain, goes to the front."""
-        name = self.name_of(ticket.model)
+        name = self.set_of[ticket.model]
         if name in self.idle_since:
             gap = now - self.idle_since.pop(name)
             if ticket.granted is None:
@@ -171,7 +168,7 @@ class Schedule:
             self.in_flight.remove(ticket)
         else:
             self._dequeue(ticket)
-        name = self.name_of(ticket.model)
+        name = self.set_of[ticket.model]
         if name in self.waiting_since and not self.depth(name):
             lasted = now - self.waiting_since[name]
             self.forget_at.setdefault(name, now + min(lasted, MEMORY))
@@ -181,7 +178,7 @@ class Schedule:
         """Nothing is loaded any more: a swap begins, the memory is freed, a backend has died."""
         if self.loaded is None:
             return
-        others = [ticket for ticket in self.heads() if self.name_of(ticket.model) != self.loaded]
+        others = [ticket for ticket in self.heads() if self.set_of[ticket.model] != self.loaded]
         awaited = now - min(map(self.waits_since, others), default=now)
         self.patient_until[self.loaded] = now + PATIENCE * min(awaited, self.queued)
         if self.depth(self.loaded):
@@ -217,49 +214,41 @@ class Schedule:
             self.draining_since = now
         return granted
 
-    def name_of(self, model: str) -> str:
-        """What is loaded for it: its set, or else itself."""
-        return self.set_of.get(model, model)
-
     def waiting(self, name: str | None = None) -> list[Ticket]:
         """The tickets that wait: for one set, or all."""
-        tickets = [ticket for queue in self.queues.values() for ticket in queue]
-        return [ticket for ticket in tickets if name in (None, self.name_of(ticket.model))]
+        return [ticket for queue in self.queues_of(name) for ticket in queue]
 
     def depth(self, name: str | None = None) -> int:
         """How many they are."""
-        count = 0
-        for (_, model), queue in self.queues.items():
-            if name in (None, self.name_of(model)):
-                count += len(queue)
-        return count
+        return sum(map(len, self.queues_of(name)))
+
+    def queues_of(self, name: str | None) -> list[OrderedDict[Ticket, None]]:
+        items = self.queues.items()
+        return [queue for (_, model), queue in items if name in (None, self.set_of[model])]
 
     def heads(self) -> list[Ticket]:
         """The oldest ticket of each model that waits in the most urgent tier, oldest first."""
-        if len(self.queues) == 1:  # nearly always
-            [queue] = self.queues.values()
-            return [next(iter(queue))]
         urgent = min((tier for tier, _ in self.queues), default=DEFAULT)
         heads = [next(iter(queue)) for (tier, _), queue in self.queues.items() if tier == urgent]
         heads.sort(key=lambda ticket: ticket.arrived)
         return heads
 
     def has_slot(self, ticket: Ticket) -> bool:
-        running = [other for other in self.in_flight if other.model == ticket.model]
-        return len(running) < self.slots[ticket.model]
+        running = sum(other.model == ticket.model for other in self.in_flight)
+        return running < self.slots[ticket.model]
 
     def waits_since(self, ticket: Ticket) -> float:
         """Since when its set waits to be loaded."""
-        return self.waiting_since.get(self.name_of(ticket.model), ticket.arrived)
+        return self.waiting_since.get(self.set_of[ticket.model], ticket.arrived)
 
     def patience(self, ticket: Ticket) -> float:
         """For how long its set lets the turn of another grow."""
         since = self.waits_since(ticket)
-        return self.patient_until.get(self.name_of(ticket.model), since) - since
+        return self.patient_until.get(self.set_of[ticket.model], since) - since
 
     def trip(self, ticket: Ticket) -> float:
         """Seconds of a swap to its set and one back."""
-        names = (self.loaded or "", self.name_of(ticket.model))
+        names = (self.loaded or "", self.set_of[ticket.model])
         return sum(self.cost.get(name, 0.0) for name in names)
 
     def _dequeue(self, ticket: Ticket) -> None:
@@ -270,7 +259,7 @@ class Schedule:
                 del self.queues[ticket.tier, ticket.model]
 
     def _note_idle(self, name: str, now: float) -> None:
-        running = any(self.name_of(ticket.model) == name for ticket in self.in_flight)
+        running = any(self.set_of[ticket.model] == name for ticket in self.in_flight)
         if not running and not self.depth(name):
             self.idle_since.setdefault(name, now)
 
@@ -280,20 +269,20 @@ def decide(schedule: Schedule, now: float) -> Decision:
     if not schedule.queues:
         return NOTHING
     loaded, queue = schedule.loaded, schedule.heads()
-    own = [ticket for ticket in queue if schedule.name_of(ticket.model) == loaded]
-    others = [ticket for ticket in queue if schedule.name_of(ticket.model) != loaded]
+    own = [ticket for ticket in queue if schedule.set_of[ticket.model] == loaded]
+    others = [ticket for ticket in queue if schedule.set_of[ticket.model] != loaded]
     ready = [ticket.model for ticket in own if schedule.has_slot(ticket)]
     oldest = take_next(queue, ready)
     serve = oldest if ready else None
     if oldest is None or not others:
         return Decision(serve)
     if not schedule.turn:  # plain greed
-        return Decision(serve) if own else Decision(swap_to=schedule.name_of(oldest.model))
+        return Decision(serve) if own else Decision(swap_to=schedule.set_of[oldest.model])
 
     # Next is the set that has waited longest, not that of the oldest ticket: its wait begins anew
     # when it is unloaded. Else a set with a long queue would come back each time.
     head = min(others, key=schedule.waits_since)
-    swap = Decision(swap_to=schedule.name_of(head.model))
+    swap = Decision(swap_to=schedule.set_of[head.model])
     if loaded is None or now >= turn_ends(schedule, own, others, head):
         return swap
     if own:
@@ -375,7 +364,6 @@ class Worker:
         self.timer: asyncio.TimerHandle | None = None  # of the next `advance`
         self.swapping: str | None = None  # what is being loaded
         self.swap_began = 0.0
-        self.swap_seconds = 0.0  # spent in swaps that are over
         self.stage = ("", "")  # what is wrong if the swap comes no further, and how one can tell
         self.loading: asyncio.Task[None] | None = None  # the script and the wait for readiness
         self.restart: set[str] = set()  # what seemed to be up and did not answer
@@ -393,22 +381,20 @@ class Worker:
     def members(self, name: str | None) -> list[Model]:
         """The models of a set; a model without a set is its own."""
         models = self.models.values()
-        return [model for model in models if self.schedule.name_of(model.name) == name]
+        return [model for model in models if self.schedule.set_of[model.name] == name]
 
     @contextlib.asynccontextmanager
     async def turn(self, ticket: Ticket) -> AsyncIterator[None]:
         """Queued, then granted; given back on the way out, however it ends. Raises ApiError."""
         self.refuse_if_hopeless(ticket)
         if ticket.granted is None:
-            self.jano.telemetry.arrived(self.group, self.schedule.name_of(ticket.model))
-        ticket.swapping -= self.seconds_in_swaps()
+            self.jano.telemetry.arrived(self.group, self.schedule.set_of[ticket.model])
         self.schedule.arrive(ticket, clock())
         try:
             self.advance()
             if ticket not in self.schedule.in_flight:
                 ticket.turn = asyncio.get_running_loop().create_future()
                 await ticket.turn
-            ticket.swapping += self.seconds_in_swaps()
             yield
         finally:
             self.schedule.leave(ticket, clock())
@@ -418,7 +404,7 @@ class Worker:
         """Raises ApiError if the worker is gone, or what it loads has failed too often."""
         if self.refusal:
             raise self.refusal()
-        name = self.schedule.name_of(ticket.model)
+        name = self.schedule.set_of[ticket.model]
         fails, last = self.failures.get(name, (0, 0.0))
         if fails >= self.settings.swap_failure_limit:
             seconds = math.ceil(last + self.settings.swap_failure_reset - clock())
@@ -496,7 +482,7 @@ class Worker:
                 likely = [model.name for model in named]
             else:
                 log("info", "status failed", group=self.group, code=code, stderr=status.last_line())
-        for name in dict.fromkeys(map(self.schedule.name_of, self.models)):
+        for name in dict.fromkeys(self.schedule.set_of.values()):
             members = self.members(name)
             all_likely = all(model.name in likely for model in members)
             if all_likely and await first_fault(members, PROBE_TIMEOUT) is None:
@@ -511,7 +497,7 @@ class Worker:
         If the backend could not be reached, it is gone. Else no turn is granted until its health
         was asked: the ticket leaves next, and that calls `advance`.
         """
-        if self.schedule.name_of(model) == self.schedule.loaded:
+        if self.schedule.set_of[model] == self.schedule.loaded:
             if error and not error.sent:
                 self.backend_gone(str(error))
             else:
@@ -547,9 +533,10 @@ class Worker:
         except (SwapFailed, SwapAbandoned) as error:
             failure = error
         finally:
-            seconds = clock() - self.swap_began
-            self.swap_seconds += seconds
             self.swapping = None
+        seconds = clock() - self.swap_began
+        for ticket in self.schedule.waiting():
+            ticket.swapping += min(seconds, clock() - ticket.arrived)
         if isinstance(failure, SwapAbandoned):
             log("info", "swap abandoned: nobody waits for it", model=name, ms=ms(seconds))
             return
@@ -643,10 +630,6 @@ class Worker:
             log("error", "worker died", group=self.group, error=kind_of(task.exception()))
             text = "jano has lost its worker; its log says why"
             self.close(lambda: ApiError(503, text, "worker_died", NO_RETRY))
-
-    def seconds_in_swaps(self) -> float:
-        """All the time so far in which a swap went on."""
-        return self.swap_seconds + (clock() - self.swap_began if self.swapping else 0.0)
 
 
 def resolve(ticket: Ticket, error: ApiError | None = None) -> None:
@@ -1419,9 +1402,9 @@ class Jano:
     def state_of(self, model: Model) -> str:
         """What /v1/models says of it."""
         worker = self.worker_of(model)
-        if worker is None or worker.schedule.name_of(model.name) == worker.schedule.loaded:
+        if worker is None or worker.schedule.set_of[model.name] == worker.schedule.loaded:
             return "loaded"
-        return "loading" if worker.schedule.name_of(model.name) == worker.swapping else "unloaded"
+        return "loading" if worker.schedule.set_of[model.name] == worker.swapping else "unloaded"
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request; every error in the dialect of who asks."""

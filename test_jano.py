@@ -1135,7 +1135,7 @@ class Course:
     def __init__(self, turn: float, linger: float, slots: int, sets: dict[str, str]) -> None:
         self.schedule = jano.Schedule(turn, linger)
         self.schedule.slots = dict.fromkeys("abcd", slots)
-        self.schedule.set_of = dict(sets)
+        self.schedule.set_of = {model: sets.get(model, model) for model in "abcd"}
         self.tickets: dict[str, jano.Ticket] = {}
 
     def happen(self, now: float, event: str) -> None:
@@ -1496,7 +1496,7 @@ class Group:
     def __init__(self, turn: float, linger: float, slots: int, load: float, sets: dict[str, str]):
         self.schedule = jano.Schedule(turn, linger)
         self.schedule.slots = dict.fromkeys("abcd", slots)
-        self.schedule.set_of = sets
+        self.schedule.set_of = {model: sets.get(model, model) for model in "abcd"}
         self.load = load
         self.events: list[tuple[float, int, Callable[[], None]]] = []
         self.order = itertools.count()
@@ -1537,7 +1537,7 @@ class Group:
         schedule = self.schedule
         for ticket in schedule.advance(self.now):
             assert not self.swapping
-            assert schedule.name_of(ticket.model) == schedule.loaded
+            assert schedule.set_of[ticket.model] == schedule.loaded
             self.waiting.remove(ticket)  # so that none is granted twice
             self.at(self.now + self.services[ticket], functools.partial(self.finish, ticket))
         assert set(schedule.waiting()) == self.waiting
@@ -1546,7 +1546,7 @@ class Group:
         swap_to = schedule.decision.swap_to
         if swap_to is None:  # then whatever can be served is
             ready = [ticket for ticket in schedule.heads() if schedule.has_slot(ticket)]
-            assert schedule.loaded not in [schedule.name_of(ticket.model) for ticket in ready]
+            assert schedule.loaded not in [schedule.set_of[ticket.model] for ticket in ready]
         elif not self.swapping and not schedule.in_flight:
             assert schedule.depth(swap_to)
             schedule.unload(self.now)
@@ -1567,7 +1567,7 @@ class Group:
         self.swapping = False
         trip = 2 * max(schedule.cost.values())
         turn = max(schedule.turn, patience) + 2 * trip
-        others = len({schedule.name_of(model) for model in "abcd"}) - 1
+        others = len({schedule.set_of[model] for model in "abcd"}) - 1
         bound = others * (self.load + turn + max(self.services.values())) + self.load
         self.shares_of_bound.append((self.now - since) / bound)
 

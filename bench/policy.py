@@ -137,6 +137,7 @@ class Run:
         else:
             schedule = Schedule(self.work.turn, self.work.linger)
         schedule.slots = dict.fromkeys(self.work.load, self.work.slots)
+        schedule.set_of = {model: model for model in self.work.load}
         if self.work.loaded:
             schedule.load(self.work.loaded, 0)
         return schedule

@@ -65,6 +65,7 @@ def crowded(waiting: int, models: int) -> Schedule:
     """A schedule with so many waiting tickets, spread over the models; m0 is loaded."""
     schedule = Schedule(turn=60, linger=5)
     schedule.slots = {f"m{number}": 1 for number in range(models)}
+    schedule.set_of = {model: model for model in schedule.slots}
     schedule.load("m0", 0.0)
     for number in range(waiting):
         schedule.arrive(Ticket(f"m{number % models}", number / waiting), number / waiting)
