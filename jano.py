@@ -228,14 +228,14 @@ class Schedule:
 
     def heads(self) -> list[Ticket]:
         """The oldest ticket of each model that waits in the most urgent tier, oldest first."""
-        urgent = min((tier for tier, _ in self.queues), default=DEFAULT)
+        urgent, _ = min(self.queues, default=(DEFAULT, ""))
         heads = [next(iter(queue)) for (tier, _), queue in self.queues.items() if tier == urgent]
-        heads.sort(key=lambda ticket: ticket.arrived)
+        heads.sort(key=attrgetter("arrived"))
         return heads
 
     def has_slot(self, ticket: Ticket) -> bool:
-        running = sum(other.model == ticket.model for other in self.in_flight)
-        return running < self.slots[ticket.model]
+        running = [other.model for other in self.in_flight]
+        return running.count(ticket.model) < self.slots[ticket.model]
 
     def waits_since(self, ticket: Ticket) -> float:
         """Since when its set waits to be loaded."""
@@ -726,7 +726,7 @@ async def probe(model: Model, timeout: float) -> str | None:
     return fault
 
 
-class Script:
+class Script(contextlib.AbstractContextManager["Script"]):
     """A run of SWAP_COMMAND: exec without a shell, its own session, output to named files.
 
     Output goes to files, because a server left in the background would hold a pipe open; they have
@@ -754,19 +754,13 @@ class Script:
                 env=environ,
             )
         except (OSError, ValueError) as error:  # ValueError: a name that the locale cannot spell
-            self.close()
+            self.__exit__()
             raise SwapFailed("the script could not be started", error=why(error)) from None
         self.loop = asyncio.get_running_loop()
         self.exited: asyncio.Future[int] = self.loop.create_future()
         threading.Thread(target=self._reap, daemon=True).start()
 
-    def __enter__(self) -> Script:
-        return self
-
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
         self.stdout.close()
         self.stderr.close()
 

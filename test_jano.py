@@ -2366,11 +2366,22 @@ async def run_long_loads(folder: Path) -> LongLoads:
     return LongLoads(answers, seconds, faults, (folder / "calls").read_text().splitlines())
 
 
-@pytest.fixture(scope="module")
-async def slow_swaps(tmp_path_factory: pytest.TempPathFactory) -> tuple[Swaps, LongLoads]:
-    """Both at once, as they spend their time waiting."""
+@pytest.fixture(scope="session", autouse=True)
+async def begun_slow_swaps(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Awaitable[tuple[Swaps, LongLoads]] | None:
+    """They spend their time waiting: so both begin with the session, beside the other tests."""
+    if not any("slow_swaps" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        return None
     folders = [tmp_path_factory.mktemp(name) for name in ("swaps", "loads")]
-    return await asyncio.gather(run_swaps(folders[0]), run_long_loads(folders[1]))
+    return asyncio.gather(run_swaps(folders[0]), run_long_loads(folders[1]))
+
+
+@pytest.fixture(scope="module")
+async def slow_swaps(
+    begun_slow_swaps: Awaitable[tuple[Swaps, LongLoads]],
+) -> tuple[Swaps, LongLoads]:
+    return await begun_slow_swaps
 
 
 @pytest.fixture(scope="module")
