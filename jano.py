@@ -33,6 +33,7 @@ import argparse
 import asyncio
 import base64
 import contextlib
+import errno
 import functools
 import hmac
 import json
@@ -60,6 +61,7 @@ from datetime import datetime
 from email.utils import formatdate
 from hashlib import sha256
 from html import escape
+from ipaddress import ip_address
 from itertools import accumulate, islice
 from operator import attrgetter, itemgetter
 from pathlib import Path
@@ -475,13 +477,13 @@ class Worker:
         """
         urls = Counter(model.url for model in self.models.values())
         likely = [model.name for model in self.models.values() if urls[model.url] == 1]
-        with contextlib.suppress(SwapFailed), Script(self, "status") as status:
-            code = await status.wait(STATUS_TIMEOUT)
-            if code == 0:
+        try:
+            with Script(self, "status") as status:
+                await status.succeed(STATUS_TIMEOUT)
                 named = status.names(list(self.models.values()), "loaded")
                 likely = [model.name for model in named]
-            else:
-                log("info", "status failed", group=self.group, code=code, stderr=status.last_line())
+        except SwapFailed as error:
+            log("info", "status failed", group=self.group, err=str(error), **error.details)
         for name in dict.fromkeys(self.schedule.set_of.values()):
             members = self.members(name)
             all_likely = all(model.name in likely for model in members)
@@ -604,11 +606,9 @@ class Worker:
         log("info", "unload requested", model=previous)
         try:
             with Script(self, "unload", previous) as script:
-                code = await script.wait(min(30.0, self.settings.swap_wait_timeout))
-                if code:
-                    raise SwapFailed("the script failed", code=code, stderr=script.last_line())
+                await script.succeed(min(30.0, self.settings.swap_wait_timeout))
         except SwapFailed as error:
-            log("warn", "unload failed", group=self.group, **error.details)
+            log("warn", "unload failed", group=self.group, err=str(error), **error.details)
             raise ApiError(503, f"unload failed: {error}", "unload_failed", NO_RETRY) from None
         return previous
 
@@ -652,10 +652,7 @@ STATUS_INTERVAL = 2.0  # seconds between two looks whether a loading server live
 async def wait_until_ready(worker: Worker, name: str, script: Script) -> None:
     """Wait for the script's end, then until the whole set is ready. Raises SwapFailed."""
     worker.stage = ("the script runs on", "")
-    code = await script.wait()
-    if code:
-        how = f"exited with code {code}" if code > 0 else f"was killed by signal {-code}"
-        raise SwapFailed(f"the script {how}", stderr=script.last_line())
+    await script.succeed()
     members = worker.members(name)
     worker.stage = ("the backend is not ready", f" (GET {members[0].health}: no answer)")
     polling = asyncio.create_task(poll_health(worker, members))
@@ -742,9 +739,10 @@ class Script(contextlib.AbstractContextManager["Script"]):
         environ = dict(os.environ, JANO_PREVIOUS_MODEL=previous or "", JANO_GROUP=worker.group)
         environ.pop("JANO_API_KEY", None)
         environ |= {"JANO_RESTART": "1"} if restart else {}
-        self.stdout = output_file(worker, argument, "out")
-        self.stderr = output_file(worker, argument, "err")
+        self.files = contextlib.ExitStack()
         try:
+            self.stdout = self.files.enter_context(output_file(worker, argument, "out"))
+            self.stderr = self.files.enter_context(output_file(worker, argument, "err"))
             self.process = subprocess.Popen(
                 [*worker.settings.swap_command, argument],
                 stdin=subprocess.DEVNULL,
@@ -754,15 +752,15 @@ class Script(contextlib.AbstractContextManager["Script"]):
                 env=environ,
             )
         except (OSError, ValueError) as error:  # ValueError: a name that the locale cannot spell
-            self.__exit__()
-            raise SwapFailed("the script could not be started", error=why(error)) from None
+            self.files.close()
+            text = f"the script, or the program in its #! line, could not be started: {why(error)}"
+            raise SwapFailed(text) from None
         self.loop = asyncio.get_running_loop()
         self.exited: asyncio.Future[int] = self.loop.create_future()
         threading.Thread(target=self._reap, daemon=True).start()
 
     def __exit__(self, *_: object) -> None:
-        self.stdout.close()
-        self.stderr.close()
+        self.files.close()
 
     def _reap(self) -> None:
         code = self.process.wait()
@@ -787,6 +785,13 @@ class Script(contextlib.AbstractContextManager["Script"]):
         code = self.exited.result() if self.exited.done() else -signal.SIGKILL
         return code or -signal.SIGTERM
 
+    async def succeed(self, timeout: float | None = None) -> None:
+        """Wait until it has ended well. Raises SwapFailed."""
+        code = await self.wait(timeout)
+        if code:
+            how = f"exited with code {code}" if code > 0 else f"was killed by signal {-code}"
+            raise SwapFailed(f"the script {how}", code=code, stderr=self.last_line())
+
     async def stop(self) -> None:
         """If it runs, send its process group SIGTERM; if it runs two seconds later, SIGKILL."""
         for number in (signal.SIGTERM, signal.SIGKILL):
@@ -810,9 +815,9 @@ class Script(contextlib.AbstractContextManager["Script"]):
 def output_file(worker: Worker, argument: str, ending: str) -> IO[bytes]:
     """A new file in <tmp>/jano-<uid>-<port>, which is the user's own; /dev/null if that fails."""
     kind = argument if argument in RESERVED_NAMES else "swap"
-    folder = Path(tempfile.gettempdir(), f"jano-{os.getuid()}-{worker.jano.port}")
-    path = folder / f"{quote(worker.group, safe='')}.{kind}.{ending}"
     try:
+        folder = Path(tempfile.gettempdir(), f"jano-{os.getuid()}-{worker.jano.port}")
+        path = folder / f"{quote(worker.group, safe='')}.{kind}.{ending}"
         folder.mkdir(mode=0o700, exist_ok=True)
         if folder.is_symlink() or folder.stat().st_uid != os.getuid():
             raise PermissionError  # somebody else's
@@ -1699,7 +1704,8 @@ class Jano:
         """The latest requests, newest first, ?limit= of them."""
         limit = request.query.get("limit", "50")
         if not re.fullmatch("[0-9]{1,9}", limit):
-            raise ApiError(400, "limit is not a whole number", "invalid_limit")
+            text = f"limit: found {shown(limit)}, expected a whole number below 10^9"
+            raise ApiError(400, text, "invalid_limit")
         records = list(islice(reversed(self.telemetry.records), int(limit)))
         return web.json_response({"count": len(records), "records": records})
 
@@ -1775,7 +1781,9 @@ OLLAMA_DETAILS = {"format": "gguf", "family": "jano", "families": ["jano"]} | di
 @functools.lru_cache(100)
 def host_name(host: str) -> str:
     """A Host header without its port, and an IPv6 address without its brackets; "" if it is bad."""
-    found = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]+))(?::[0-9]*)?", host.lower())
+    found = re.fullmatch(
+        r"(?:\[([0-9a-f:.]+)\]|([^.:\[\]\s/*@][^:\[\]\s/*@]*))(?::[0-9]*)?", host.lower()
+    )
     return (found[1] or found[2]) if found else ""
 
 
@@ -1859,14 +1867,16 @@ class Kind(NamedTuple):
 
     expected: str
     convert: Callable[[Any], Any]
+    is_secret: bool = False
 
     def read(self, where: str, value: Any) -> Any:
         """What is used of the value. Raises ConfigError."""
-        with contextlib.suppress(ValueError, TypeError, AttributeError, IndexError):
+        with contextlib.suppress(ValueError, TypeError, AttributeError, IndexError, OSError):
             converted = self.convert(value)
             if converted is not None:
                 return converted
-        raise ConfigError(f"{where}: found {shown(value)}, expected {self.expected}")
+        found = shown(masked(value) if self.is_secret else value)
+        raise ConfigError(f"{where}: found {found}, expected {self.expected}")
 
 
 def matching(pattern: str, expected: str) -> Kind:
@@ -1886,6 +1896,16 @@ def number(
     return Kind(f"a whole number from {least} to {most}", convert)
 
 
+def list_of(pattern: str, expected: str) -> Kind:
+    """A list of texts that the pattern fits."""
+
+    def convert(values: Any) -> list[str] | None:
+        good = [re.fullmatch(pattern, value) for value in list.copy(values)]
+        return values if all(good) else None
+
+    return Kind(expected, convert)
+
+
 def header_table(headers: dict[str, str]) -> dict[str, str] | None:
     """Headers for a backend; None if one is bad, or jano's own."""
     for name, value in headers.items():
@@ -1898,9 +1918,28 @@ def header_table(headers: dict[str, str]) -> dict[str, str] | None:
 def address(value: str) -> SplitResult | None:
     """A backend's, without a trailing "/" or "/v1"; None if it is none."""
     url = urlsplit(value.rstrip("/").removesuffix("/v1").rstrip("/"))
-    # url.port fails if it is out of range.
-    good = re.fullmatch(r"https?://[^\s?#@\\]+", value) and url.hostname and url.port != 0
-    return url if good else None
+    # These fail if the name is none that can be looked up, or the port is out of range.
+    good = (url.hostname or "").encode("idna") and url.port != 0
+    return url if good and re.fullmatch(r"https?://[^\s?#@\\]+", value) else None
+
+
+def host(value: str) -> str | None:
+    """An address or name to listen on; None if it is none."""
+    if ":" in value:
+        ip_address(value)  # else it has a port
+    return value if value.encode("idna") and re.fullmatch(r"[\w.:%-]+", value) else None
+
+
+def host_names(value: str) -> list[str] | None:
+    """Those in a comma-separated text; None if one of them is none."""
+    names = [host_name(part) for part in words(value)]
+    return names if all(names) else None
+
+
+def api_key(value: str) -> str | None:
+    """As clients can send it; none is one, too."""
+    good = re.fullmatch(FIT, value) and value == value.strip()
+    return value if good or not value else None
 
 
 def words(value: str) -> list[str]:
@@ -1937,14 +1976,18 @@ def command(value: str) -> tuple[str, ...] | None:
 FIT = r"[^\0-\x1f\x7f\ud800-\udfff]+"
 TEXT = matching(FIT, "a text")
 LOADABLE = matching(rf"(?!(status|unload)\Z){FIT}", 'a text other than "status" and "unload"')
-TEXTS = Kind("a list of texts", lambda values: [TEXT.read("", each) for each in list.copy(values)])
+TEXTS = list_of(FIT, "a list of texts")
+ROUTES = list_of(r"[^\s?#*:]+", "a list of paths such as /v1/embeddings")
 TRUTH = Kind("true or false", lambda value: value if isinstance(value, bool) else None)
 OBJECT = Kind("an object", dict.copy)
-HEADERS = Kind("an object of headers and their texts, none of them jano's own", header_table)
+HEADERS = Kind("headers, none of them jano's own, and their ASCII texts", header_table, True)
 ADDRESS = Kind("an http or https address such as http://127.0.0.1:8081", address)
+KEY = Kind("a text without control characters, or spaces around it", api_key, True)
 PATH = matching(r"/[^\s#\0-\x1f\x7f]*", "a path such as /health")
-SCRIPT = Kind("the path of your swap script, which must be executable (chmod +x)", command)
+SCRIPT = Kind("the path of your swap script, executable (chmod +x), without $VARIABLES", command)
 ORIGINS = Kind("* or origins such as http://localhost:* or app://*", origins)
+HOST_NAMES = Kind("host names such as box.lan, or [::1]", host_names)
+HOST = Kind("an address such as 127.0.0.1 or ::1, or a name", host)
 milliseconds = functools.partial(number, unit=1 / 1000)
 
 
@@ -1959,7 +2002,7 @@ class Settings:
 
     swap_command: tuple[str, ...] = option(SCRIPT, None, "SWAP_COMMAND")
     models_file: str = option(Kind("a path", full_path), "./models.json", "MODELS_FILE")
-    host: str = option(TEXT, "127.0.0.1", "JANO_HOST")
+    host: str = option(HOST, "127.0.0.1", "JANO_HOST")
     port: int = option(number(0, 65535), "8082", "JANO_PORT")
     swap_wait_timeout: float = option(milliseconds(1), "180000", "SWAP_WAIT_TIMEOUT_MS")
     health_poll_interval: float = option(milliseconds(1), "1000", "HEALTH_POLL_INTERVAL_MS")
@@ -1972,9 +2015,9 @@ class Settings:
     max_body_mb: int = option(number(1), "256", "MAX_BODY_MB")
     heartbeat: float = option(milliseconds(0), "15000", "HEARTBEAT_MS")
     idle_unload: float = option(milliseconds(0), "0", "IDLE_UNLOAD_MS")
-    api_key: str = option(Kind("a text", str), "", "JANO_API_KEY")
+    api_key: str = option(KEY, "", "JANO_API_KEY")
     cors_origins: list[str] = option(ORIGINS, "", "JANO_CORS_ORIGINS")
-    allowed_hosts: list[str] = option(Kind("names", words), "", "JANO_ALLOWED_HOSTS")
+    allowed_hosts: list[str] = option(HOST_NAMES, "", "JANO_ALLOWED_HOSTS")
     usage_records_max: int = option(number(1), "500", "USAGE_RECORDS_MAX")
     shutdown_timeout: float = option(milliseconds(0), "30000", "SHUTDOWN_TIMEOUT_MS")
 
@@ -1991,7 +2034,7 @@ class Model:
     set: str = option(LOADABLE, "")
     slots: int = option(number(1, spell=json.dumps), 1)
     passthrough: bool = option(TRUTH, False)
-    endpoints: list[str] = option(TEXTS, [])
+    endpoints: list[str] = option(ROUTES, [])
     upstream_model: str = option(TEXT, "")
     health: str = option(PATH, "/health")
     headers: dict[str, str] = option(HEADERS, {})
@@ -2027,12 +2070,14 @@ def read_dotenv(file: Path) -> dict[str, str]:
     except (OSError, ValueError) as error:
         raise ConfigError(f".env: found {why(error)}, expected KEY=value lines") from None
     for index, line in enumerate(lines, 1):
-        name, equals, value = map(str.strip, line.strip().removeprefix("export ").partition("="))
-        if name in known and equals:
-            quoted = re.fullmatch(r"""(["'])(.*?)\1(\s+#.*)?""", value)
-            values[name] = quoted[2] if quoted else re.sub(r"(^|\s+)#.*", "", value)
-        elif name.partition(" ")[0] in known:
-            raise ConfigError(f".env: line {index}: found {shown(line)}, expected KEY=value")
+        found = re.match(r"""\s*(?:export\s+)?(["']?)(\w+)(\s*=)?(.*)""", line)
+        if not found or found[2] not in known:
+            continue
+        if found[1] or not found[3]:
+            raise ConfigError(f".env: line {index}: found {found[2]} without =, expected KEY=value")
+        value = found[4].strip()
+        quoted = re.fullmatch(r"""(["'])((?:(?!\1).)*)\1(\s+#.*)?""", value)
+        values[found[2]] = quoted[2] if quoted else re.sub(r"(^|\s+)#.*", "", value)
     return values
 
 
@@ -2040,14 +2085,17 @@ def load_models(settings: Settings) -> list[Model]:
     """The entries of MODELS_FILE, in its order. Raises ConfigError."""
     file = settings.models_file
     try:
-        registry = json.loads(Path(file).read_bytes(), parse_constant=int)  # refuses NaN
+        text = Path(file).read_bytes()
+        registry = json.loads(
+            text, object_pairs_hook=unique, parse_float=finite, parse_constant=finite
+        )
     except (OSError, ValueError, RecursionError) as error:
         expected = "a JSON file such as models.example.json"
         raise ConfigError(f"{file}: found {why(error)}, expected {expected}") from None
-    if not isinstance(registry, dict) or not isinstance(registry.get("models"), list):
-        raise ConfigError(f'{file}: found {shown(registry)}, expected {{"models": [ … ]}}')
-    if len(registry) > 1:
-        raise ConfigError(f'{file}: found the keys {shown([*registry])}, expected "models" alone')
+    keys = [*registry] if isinstance(registry, dict) else []
+    if keys != ["models"] or not isinstance(registry["models"], list):
+        expected = '{"models": [ … ]} and nothing beside it'
+        raise ConfigError(f"{file}: found the keys {shown(keys)}, expected {expected}")
     models: list[Model] = []
     for index, entry in enumerate(registry["models"]):
         named = isinstance(entry, dict) and "name" in entry
@@ -2062,6 +2110,21 @@ def load_models(settings: Settings) -> list[Model]:
         found = f"found {len(models)} and none to swap"
         raise ConfigError(f"{file}: models: {found}, expected one that is not passthrough")
     return models
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError if a key is in it twice."""
+    [(key, count)] = Counter(key for key, _ in pairs).most_common(1) or [("", 0)]
+    if count > 1:
+        raise ValueError(f"the key {shown(key)} twice in an object")
+    return dict(pairs)
+
+
+def finite(digits: str) -> float:
+    """A JSON number. Raises ValueError if JSON cannot hold it."""
+    if not math.isfinite(float(digits)):
+        raise ValueError(f"{digits}, which is no JSON number")
+    return float(digits)
 
 
 def load_model(entry: object) -> Model:
@@ -2097,22 +2160,33 @@ def check_model(model: Model, earlier: list[Model], settings: Settings) -> None:
         if model.set and model.set == other.set and model.group != other.group:
             raise ConfigError(f"set: found {shown(model.set)} in two groups, expected it in one")
         if model.set != other.set and (model.set == other.name or other.set == model.name):
-            found = f"{shown(model.set)}, and {shown(other.set)} for {shown(other.name)}"
-            raise ConfigError(f"set: found {found}, expected none called like a model outside it")
+            outside = model.set if model.set == other.name else other.set
+            found = f"found {shown(outside)}, which is a model outside this set, too"
+            raise ConfigError(f"set: {found}, expected another name")
+
+
+def masked(value: object) -> object:
+    """Without the texts in it, which may be keys."""
+    if isinstance(value, dict):
+        return {name: masked(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [masked(each) for each in value]
+    return "..." if isinstance(value, str) else value
 
 
 def shown(value: object) -> str:
-    """A value as JSON, cut to what fits into a line."""
-    line = json.dumps(value)
+    """A value as JSON, without a password in an address, cut to what fits into a line."""
+    line = re.sub('(?<=//)[^/@":]*:[^/@"]+@', "...@", json.dumps(value))
     return line if len(line) <= 80 else line[:80] + "…"
 
 
 def why(error: BaseException) -> str:
     """An exception in words."""
-    code = getattr(error, "errno", None) or 0
+    first = re.search(r"\[Errno ([0-9]+)\]", str(error))  # of several, where asyncio tried them
+    code = getattr(error, "errno", None) or (int(first[1]) if first else 0)
     if code > 1:  # OpenSSL's are all 1
         return os.strerror(code)
-    return str(error) or type(error).__name__
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 # ------------------------------------------------------------------------------- telemetry ----
@@ -2652,7 +2726,7 @@ def known_hosts(settings: Settings, addresses: set[str]) -> set[str]:
     if not all(address == "::1" or address.startswith("127.") for address in addresses):
         return set()
     own = LOOPBACK | addresses | {settings.host.lower(), socket.gethostname().lower()}
-    return (own | set(map(host_name, settings.allowed_hosts))) - {""}
+    return (own | {*settings.allowed_hosts}) - {""}
 
 
 def on_signal(jano: Jano, stop: asyncio.Event, number: signal.Signals) -> None:
@@ -2695,7 +2769,7 @@ async def explain_port(settings: Settings, error: Exception) -> int:
                 log("info", "another jano answers already", address=place)
                 return 0
     print(f"jano: cannot listen on {place}: {why(error)}; no jano answers there", file=sys.stderr)
-    return 1
+    return 1 if getattr(error, "errno", 0) == errno.EADDRINUSE else 2
 
 
 class LibraryLog(logging.Handler):
@@ -2733,11 +2807,11 @@ def main() -> int:
     try:
         settings = load_settings(os.environ)
         models = load_models(settings)
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:  # OSError: the working directory is gone
         print(error, file=sys.stderr)
         return 2
     if options.check:
-        print(f"jano: the configuration is fine: {', '.join(model.name for model in models)}")
+        print(f"jano: the configuration is fine: {json.dumps([model.name for model in models])}")
         return 0
     raise_file_limit()
     return asyncio.run(run(settings, models))

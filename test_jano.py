@@ -755,10 +755,10 @@ def bad(key: str, *values: Any) -> list[Any]:
     [
         *bad("name", "", 5, None, "status", "UNLOAD", "two\nlines", "\x7f", "\ud800"),
         *bad("url", "", 5, "h:1", "ftp://h", "http://", "http://h:0", "http://h:65536"),
-        *bad("url", "http://h:x", "http://[::1", "http://u:p@h", "http://h?q", "http://h#f"),
-        *bad("url", "http://h /", "http://:1"),
+        *bad("url", "http://h:x", "http://[::1", "http://h?q", "http://h#f", "http://h /"),
+        *bad("url", "http://:1", "http://.", "http://a..b", f"http://{'x' * 64}.org"),
         *bad("aliases", "b", [1], [""], {}),
-        *bad("endpoints", "x", [None]),
+        *bad("endpoints", "x", [None], [""], ["POST /v1/x"], ["http://h/v1/x"], ["/v1/*"]),
         *bad("label", "", 1, "two\nlines"),
         *bad("group", "", None),
         *bad("set", "", 1, [], "status", "Unload", "two\nlines"),
@@ -767,7 +767,7 @@ def bad(key: str, *values: Any) -> list[Any]:
         *bad("unlisted", 1, "yes", None),
         *bad("upstream_model", "", 3),
         *bad("health", "", "health", "/a b", "/#", 1),
-        *bad("headers", [], "x", {"X-Key": 1}, {"X-Key": "two\nlines"}, {"X Key": "k"}, {"": "k"}),
+        *bad("headers", [], 1, {"X-Key": 1}, {"X-Key": None}),
         *bad("metadata", [], "x", 1),
     ],
 )
@@ -779,6 +779,31 @@ def test_bad_value_in_an_entry_is_a_line_that_names_entry_key_and_value(
     entry_name = json.dumps(model["name"])
     assert line.startswith(f"models.json: models[0] {entry_name}: {key}: found ")
     assert json.dumps(value)[:20] in line
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "found"),
+    [
+        ("headers", "X-Key: s3cret", '"..."'),
+        ("headers", {"X-Key": "s3cret\n"}, '{"X-Key": "..."}'),
+        ("headers", {"X-Key": "s3crét"}, '{"X-Key": "..."}'),
+        ("headers", {"X-Key": ["s3cret"]}, '{"X-Key": ["..."]}'),
+        ("headers", {"X Key": "s3cret"}, '{"X Key": "..."}'),
+        ("headers", {"": "s3cret"}, '{"": "..."}'),
+        ("headers", {"Host": "s3cret"}, '{"Host": "..."}'),
+        ("url", "http://me:s3cret@h", '"http://...@h"'),
+    ],
+)
+def test_fault_shows_no_key(check: Check, key: str, value: Any, found: str) -> None:
+    """It goes into a log, and says all the same where the fault is."""
+    line = fault(check([{**ENTRY, key: value}]))
+    assert f"{key}: found {found}, expected " in line
+    assert "s3cr" not in line
+
+
+@pytest.mark.parametrize("models", [{"a": {"headers": {"X-Key": "s3cret"}}}, "s3cret"])
+def test_fault_of_the_whole_file_shows_no_key(check: Check, models: Any) -> None:
+    assert "s3cret" not in fault(check(json.dumps({"models": models})))
 
 
 @pytest.mark.parametrize(
@@ -805,7 +830,16 @@ def test_entries_that_do_not_fit_are_a_line_that_names_place_and_cause(
 
 @pytest.mark.parametrize(
     "text",
-    ["{", "[" * 100_000, "[]", '{"models": {}}', '{"models": [{"metadata": {"x": NaN}}]}'],
+    [
+        "{",
+        "[" * 100_000,
+        "[]",
+        '{"models": {}}',
+        '{"models": [{"metadata": {"x": NaN}}]}',
+        '{"models": [{"metadata": {"x": 1e400}}]}',
+        '{"models": [], "models": []}',
+        '{"models": [{"name": "a", "url": "http://h", "name": "b"}]}',
+    ],
     ids=lambda text: text[:20],
 )
 def test_models_json_that_is_no_list_of_models_is_a_line(check: Check, text: str) -> None:
@@ -856,6 +890,13 @@ def test_backend_that_is_jano_itself_is_a_line(check: Check, host: str, url: str
         ("SWAP_WAIT_TIMEOUT_MS", "0"),
         ("REQUEST_TIMEOUT_MS", "0"),
         ("USAGE_RECORDS_MAX", "0"),
+        ("JANO_HOST", "[::1]"),
+        ("JANO_HOST", "127.0.0.1:8082"),
+        ("JANO_HOST", "http://127.0.0.1"),
+        ("JANO_HOST", "127.0.0.1 "),
+        ("JANO_ALLOWED_HOSTS", "box, *.lan"),
+        ("JANO_ALLOWED_HOSTS", ".lan"),
+        ("JANO_ALLOWED_HOSTS", "http://box.lan/"),
         ("SWAP_COMMAND", "no-such-script"),
         ("SWAP_COMMAND", "./models.json"),  # it is not executable
         ("SWAP_COMMAND", "~no-such-user/swap.sh"),
@@ -865,6 +906,13 @@ def test_bad_setting_is_a_line_that_names_it_and_its_value(
     check: Check, name: str, value: str
 ) -> None:
     assert f'{name}: found "{value}"' in fault(check(**{name: value}))
+
+
+@pytest.mark.parametrize("key", ["s3cret\n", " s3cret", "s3cret\x7f", " "])
+def test_key_that_no_client_can_send_is_a_line_that_does_not_show_it(
+    check: Check, key: str
+) -> None:
+    assert 'JANO_API_KEY: found "..."' in fault(check(JANO_API_KEY=key))
 
 
 @pytest.mark.parametrize("name", ["no.json", "~no-such-user/models.json"])
@@ -930,6 +978,8 @@ SPELLINGS = [  # a line of .env, the value that it gives
     ("MAX_QUEUE=\"k # 'k'\"", "k # 'k'"),
     ("MAX_QUEUE='k' # the key", "k"),
     ("MAX_QUEUE='k' # the 'key'", "k"),
+    ('MAX_QUEUE="a b" -c "d e"', '"a b" -c "d e"'),
+    ("export\tMAX_QUEUE=k", "k"),
     ("MAX_QUEUE=k#1=2 # the key", "k#1=2"),
 ]
 
@@ -942,6 +992,16 @@ def test_dotenv_is_read_as_a_shell_would(
     """A value that is no number comes back in the fault, as it was read."""
     env = f"# settings\n\n{line}\nLINGER_MS=1\n".replace("\n", line_end)
     assert f"MAX_QUEUE: found {json.dumps(value)}" in fault(check(env=env))
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["JANO_API_KEY: s3cret", "JANO_API_KEY s3cret", '"JANO_API_KEY"="s3cret"', "JANO_API_KEY"],
+)
+def test_dotenv_line_that_only_looks_like_a_setting_is_a_line(check: Check, line: str) -> None:
+    """Else jano would be open to everybody. It shows no key."""
+    said = fault(check(env=f"MAX_QUEUE=1\n{line}"))
+    assert said.startswith(".env: line 2: found JANO_API_KEY without =")
 
 
 @pytest.mark.parametrize("line", ["# MAX_QUEUE=k", "MAX_QUEUE= # none", "MAX_QUEUE="])
@@ -2456,6 +2516,33 @@ async def test_script_that_cannot_be_run_fails_the_swap(
             script.chmod(0o644)
         status, answer = await daemon.ask("code")
         assert (status, answer["error"]["code"]) == (503, "swap_failed")
+
+
+async def test_script_whose_interpreter_is_gone_fails_the_swap_and_that_is_said(
+    tmp_path: Path, chat: Backend, code: Backend
+) -> None:
+    """As that of one with a carriage return in its first line."""
+    script = swap_script(tmp_path)
+    script.write_text("#!/no/such/shell\n")
+    async with running_jano(tmp_path, [entry(chat), entry(code)], script) as daemon:
+        assert "#! line" in (await daemon.logged("status failed"))["err"]
+        answer = (await daemon.ask("code"))[1]
+        assert "its #! line, could not be started: No such file" in answer["error"]["message"]
+        assert str(tmp_path) not in answer["error"]["message"]
+
+
+@linux_only
+async def test_swap_that_finds_no_free_file_fails_alone(
+    tmp_path: Path, chat: Backend, code: Backend
+) -> None:
+    async with running_jano(tmp_path, [entry(chat), entry(code)]) as daemon:
+        assert (await daemon.ask("chat"))[0] == 200  # its connection stays open
+        jano_files = daemon.process.pid, resource.RLIMIT_NOFILE
+        soft, hard = resource.prlimit(*jano_files)
+        resource.prlimit(*jano_files, (3, hard))
+        assert (await daemon.ask("code"))[0] == 503
+        resource.prlimit(*jano_files, (soft, hard))
+        assert (await daemon.ask("code"))[0] == 200
 
 
 async def test_backend_is_asked_whether_it_is_ready_with_its_own_headers(
@@ -7219,3 +7306,10 @@ async def test_second_start_beside_a_stranger_fails_and_names_the_port(
     code, out, err = await output_of(tmp_path, JANO_PORT=str(chat.port))
     assert (code, str(chat.port) in out + err) == (1, True)
     assert not (tmp_path / "calls").exists()
+
+
+async def test_start_on_an_address_of_another_machine_is_a_fault(tmp_path: Path) -> None:
+    """So that whoever keeps jano alive does not try it again and again."""
+    write_models(tmp_path, [ENTRY])
+    code, _, err = await output_of(tmp_path, JANO_HOST="192.0.2.1")
+    assert (code, "cannot listen on 192.0.2.1" in err) == (2, True)
