@@ -46,6 +46,7 @@ import shlex
 import shutil
 import signal
 import socket
+import ssl
 import stat
 import struct
 import subprocess
@@ -866,7 +867,9 @@ async def forward(call: Call) -> bytes:
         while True:
             piece = upstream.take()
             if piece:
-                call.first_byte = call.first_byte or clock()
+                if call.first_byte is None:
+                    call.first_byte = clock()
+                    call.stop_heartbeats()
                 if call.excerpt:
                     call.excerpt.feed(piece)
             if upstream.complete():
@@ -888,7 +891,7 @@ async def connect(call: Call, timeout: float) -> Upstream:
         if with_body and upstream.usable():
             idle.remove(upstream)
             return upstream
-    tls = True if url.scheme == "https" else None
+    tls = tls_context() if url.scheme == "https" else None
     port = url.port or (443 if tls else 80)
     loop = asyncio.get_running_loop()
     try:
@@ -899,6 +902,9 @@ async def connect(call: Call, timeout: float) -> Upstream:
     except (OSError, TimeoutError) as error:
         raise BackendError(502, f"cannot be reached ({why(error)})", sent=False) from None
     return upstream
+
+
+tls_context = functools.cache(ssl.create_default_context)  # a new one takes 20 ms
 
 
 class Idle(list["Upstream"]):
@@ -955,7 +961,7 @@ class Upstream(asyncio.Protocol):
         else:
             self.transport.write(request)
             self.rest = memoryview(body)
-            self.resume_writing()
+            self.send_rest()
         while self.head is None:
             await self.wait()
         return self.head
@@ -999,7 +1005,8 @@ class Upstream(asyncio.Protocol):
             self.close()
         else:
             sized = "Content-Length" in head.headers and not head.chunked
-            self.on_probation = not sized and not self.idle.keeps_after_streams
+            streamed = not sized and head.code not in (204, 304)
+            self.on_probation = streamed and not self.idle.keeps_after_streams
             self.deadline = self.loop.time() + KEEP_FOR
             self.look_at(self.deadline)
             self.head = self.body = None
@@ -1094,11 +1101,18 @@ class Upstream(asyncio.Protocol):
         self.full = True
 
     def resume_writing(self) -> None:
-        """Hand the transport as much of a large body as it takes, since it makes a copy."""
         self.full = False
-        while self.rest and self.transport and not (self.full or self.transport.is_closing()):
+        self.send_rest()
+
+    def send_rest(self) -> None:
+        """Hand the transport as much of a large body as it takes, since it makes a copy.
+
+        In pieces, as the loop must run before a TLS transport knows that its connection is lost.
+        """
+        if self.rest and self.transport and not (self.full or self.transport.is_closing()):
             piece, self.rest = self.rest[:BUFFER], self.rest[BUFFER:]
             self.transport.write(piece)
+            self.loop.call_soon(self.send_rest)
 
     def pause_reading(self) -> None:
         """Called by the reader that holds too much, because the client is slower."""
@@ -1122,6 +1136,8 @@ MAX_PARTS = 1000  # of a form
 TIERS = {"priority": PRIORITY, "flex": FLEX}
 STREAMS = {"chat/completions", "completions", "messages", "responses"}  # streams that are known
 UPSTREAM = "/upstream/"  # followed by a model's name, and a path for its backend
+OLLAMA_PATH = f"({UPSTREAM}.+)?/api/"
+MESSAGES_PATH = f"({UPSTREAM}.+)?(/v1)?/messages"  # Anthropic's
 UNPACKED = {"gzip", "deflate", "br", "zstd"}  # request bodies that aiohttp has unpacked
 
 # Hop by hop (RFC 9110, 7.6.1), and what is made anew for the next hop.
@@ -1159,8 +1175,10 @@ class ApiError(Exception):
 
     def response(self, request: web.BaseRequest) -> web.Response:
         """For a client that has got nothing yet."""
-        dialect = "ollama" if request.path.startswith("/api/") else "openai"
-        if "anthropic-version" in request.headers or request.path.startswith("/v1/messages"):
+        dialect = "openai"
+        if re.match(OLLAMA_PATH, request.path):
+            dialect = "ollama"
+        if "anthropic-version" in request.headers or re.match(MESSAGES_PATH, request.path):
             dialect = "anthropic"
         payload = self.payload(dialect)
         return web.json_response(payload, status=self.status, headers=self.headers)
@@ -1233,14 +1251,16 @@ class Call(Ticket):
 
     def begin_answer(self, head: RawResponseMessage) -> None:
         """Prepare the backend's status line and headers, and jano's, unless a head is out."""
-        self.stop_heartbeats()
         self.relaying = True
-        content_type = head.headers.get("Content-Type", "")
+        content_type = head.headers.get("Content-Type", "").lower()
         events = "event-stream" in content_type
         if events or "json" in content_type:
             self.excerpt = Excerpt()
         if self.beats:
             return
+        length = None if head.chunked else head.headers.get("Content-Length")
+        if head.code != 200 or not events or length or "Content-Encoding" in head.headers:
+            self.stop_heartbeats()  # else they go on until the first event
         # Jano's own word on who may read it counts.
         drop = {b"access-control-allow-origin"} if "Origin" in self.request.headers else set()
         lines = [line.translate(None, CONTROL) for line in end_to_end(head, drop)]
@@ -1252,7 +1272,6 @@ class Call(Ticket):
             lines.append(b"X-Accel-Buffering: no")
         queue_ms = ms((self.granted or self.arrived) - self.arrived)
         lines.append(b"Server-Timing: queue;dur=%d, swap;dur=%d" % (queue_ms, ms(self.swapping)))
-        length = None if head.chunked else head.headers.get("Content-Length")
         self.set_head(head.code, head.reason, lines, length)
 
     def set_head(self, status: int, reason: str, lines: list[bytes], length: str | None) -> None:
@@ -1303,7 +1322,7 @@ class Call(Ticket):
         data = b": waiting\n\n"
         if self.stream == "responses":
             data = event({"type": "keepalive", "sequence_number": self.beats})
-        if not self.beats:
+        if not self.beats and not self.relaying:
             lines = [b"Content-Type: text/event-stream", b"Cache-Control: no-cache"]
             lines += [b"X-Accel-Buffering: no", b"x-request-id: " + self.id.encode()]
             self.set_head(200, "OK", lines, None)
@@ -1322,6 +1341,7 @@ def end_to_end(head: Any, drop: set[bytes]) -> list[bytes]:
         drop.update(os.fsencode(token.strip()) for token in value.split(","))
     lines = []
     for name, value in head.raw_headers:
+        name = name.rstrip()  # in an answer, there may be space (RFC 9112, 5.1)
         lower = name.lower()
         if lower not in HOP_BY_HOP and lower not in drop:
             lines.append(name + b": " + value)
@@ -1331,9 +1351,9 @@ def end_to_end(head: Any, drop: set[bytes]) -> list[bytes]:
 async def refuse_unless_stream(upstream: Upstream, head: RawResponseMessage) -> None:
     """The client has the head of a stream of events, because of its heartbeats. Raises ApiError,
     in the backend's words (OpenAI's, vLLM's or FastAPI's form, or text), if the answer is none."""
-    encoding = head.headers.get("Content-Encoding", "identity")
-    stream = "event-stream" in head.headers.get("Content-Type", "") and encoding == "identity"
-    if head.code == 200 and stream:
+    encoding = head.headers.get("Content-Encoding", "identity").lower()
+    events = "event-stream" in head.headers.get("Content-Type", "").lower()
+    if head.code == 200 and events and encoding == "identity":
         return
     body = upstream.take()
     with contextlib.suppress(BackendError):
@@ -1478,7 +1498,8 @@ class Jano:
             upgrade = {"Upgrade": "HTTP/1.1", "Connection": "upgrade"}  # RFC 9110, 15.5.22
             raise ApiError(426, "WebSockets are not served here", "no_websocket", upgrade)
         named = path.startswith(UPSTREAM) or "X-Model" in request.headers
-        if handler is None and (method == "POST" or named or "model" in request.query):
+        named = (named or "model" in request.query) and method != "CONNECT"
+        if handler is None and (method == "POST" or named):
             return await self.serve(await self.read_call(request))
         if handler is None and method == "GET":
             text = f"there is no {shown(path)} here; name a model to ask its backend"
@@ -1552,6 +1573,7 @@ class Jano:
         """The model that is named beside the body, if any; path and query for its backend."""
         target = request.raw_path if request.raw_path[:1] == "/" else request.rel_url.raw_path_qs
         target = target.partition("#")[0]
+        target = target if target.startswith("/") else f"/{target}"  # RFC 9112, 3.2.1
         if not request.path.startswith(UPSTREAM):
             name = request.query.get("model") if "?" in target else None
             return name or request.headers.get("X-Model"), target
@@ -1827,7 +1849,7 @@ def form_model(content_type: str, body: bytes) -> slice | None:
     read otherwise is not passed on.
     """
     found = re.search(r'boundary=(?:"([^"]+)"|([^\s;"]+))', content_type, re.IGNORECASE)
-    line = b"--" + ((found[1] or found[2]) if found else "").encode()
+    line = b"--" + os.fsencode((found[1] or found[2]) if found else "")
     at = len(line) if body.startswith(line) else len(body)
     models: list[slice] = []
     for _ in range(MAX_PARTS):

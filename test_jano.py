@@ -3141,6 +3141,14 @@ async def test_header_that_is_for_the_next_hop_alone_ends_at_jano(
     assert body == ODD_BODY
 
 
+async def test_space_before_a_colon_of_an_answer_ends_at_jano(wire: Raw) -> None:
+    """Else the client might see another length than jano's (RFC 9112, 5.1)."""
+    wire.reply = OK + b"Content-Length : 2\r\n\r\n{}"
+    message = await exchange(wire.jano, post_bytes())
+    assert b" :" not in message
+    assert answered(message).read() == b"{}"
+
+
 async def test_connection_header_cannot_take_the_length_or_host_from_the_backend(wire: Raw) -> None:
     await exchange(wire.jano, post_bytes(ODD_BODY, "Connection: host, content-length"))
     _, got, body = parsed(wire.seen[0])
@@ -3485,6 +3493,22 @@ async def test_connection_that_is_closed_soon_after_a_stream_loses_no_request(pe
 
     peer.talk = talk
     for _ in range(200):
+        assert await ask_peer(peer) == (200, b"word")
+
+
+async def test_answer_without_a_body_says_nothing_of_how_a_stream_ends(peer: Peer) -> None:
+    """The backend keeps a connection after a 204, and closes it soon after a stream."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while b"X-Empty" in await peer.read(reader, writer):
+            writer.write(b"HTTP/1.1 204 No Content\r\n\r\n")
+        writer.write(IN_CHUNKS + b"4\r\nword\r\n0\r\n\r\n")
+        await asyncio.sleep(0.002)
+
+    peer.talk = talk
+    assert await ask_peer(peer, "X-Empty: 1") == (204, b"")
+    await asyncio.sleep(0.6)  # a connection that stays open for 0.5 s after a stream is trusted
+    for _ in range(20):
         assert await ask_peer(peer) == (200, b"word")
 
 
@@ -3943,7 +3967,10 @@ async def test_passthrough_backend_that_refuses_is_a_502_at_once(raw: Raw) -> No
 
 @contextlib.asynccontextmanager
 async def tls_backend(folder: Path, name: str) -> AsyncIterator[tuple[int, Path]]:
-    """A backend with a certificate for this name that it signed itself: its port, that file."""
+    """A backend with a certificate for this name that it signed itself: its port, that file.
+
+    A request with X-Die ends its connection before the body has come.
+    """
     key, certificate = folder / "key.pem", folder / "certificate.pem"
     make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
     names = ["-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name}"]
@@ -3957,9 +3984,11 @@ async def tls_backend(folder: Path, name: str) -> AsyncIterator[tuple[int, Path]
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-            while await read_request(reader):
+            while b"X-Die" not in (head := await reader.readuntil(b"\r\n\r\n")):
+                length = re.search(rb"(?i)content-length: (\d+)", head)
+                await reader.readexactly(int(length[1]) if length else 0)
                 writer.write(EMPTY_OBJECT)
-        writer.close()
+        writer.transport.abort()
 
     server = await asyncio.start_server(talk, "localhost", 0, family=socket.AF_INET, ssl=context)
     async with server:
@@ -3971,6 +4000,9 @@ async def test_backend_may_speak_tls(tmp_path: Path) -> None:
         models = [{"name": "chat", "url": f"https://localhost:{port}"}]
         async with running_jano(tmp_path, models, SSL_CERT_FILE=certificate) as daemon:
             assert await daemon.ask("chat") == (200, {})
+            assert await daemon.ask("chat") == (200, {})
+            body = b'{"model":"chat","x":"%b"}' % (b"x" * 3 * 2**20)
+            assert refused(await exchange(daemon, post_bytes(body, "X-Die: 1"))) == 502
             assert await daemon.ask("chat") == (200, {})
 
 
@@ -4169,6 +4201,68 @@ async def test_stream_whose_backend_is_silent_before_its_head_gets_heartbeats(
         await event(reader.readuntil(heartbeat))
         await event(reader.readuntil(heartbeat))
         backend.release.set()
+        assert STREAM in await event(reader.read(-1))
+
+
+def head_first(backend: Backend, **headers: str) -> Any:
+    """An answer whose head comes at once, and whose body once the test has set backend.release."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers=headers)
+        await response.prepare(request)
+        await backend.release.wait()
+        await response.write(STREAM)
+        return response
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("path", "heartbeat"), ROUTES_WITH_HEARTBEATS.items(), ids=ROUTES_WITH_HEARTBEATS
+)
+async def test_stream_whose_backend_is_silent_after_its_head_gets_heartbeats(
+    slow: Slow, path: str, heartbeat: bytes
+) -> None:
+    """As vLLM is, which answers before it has read the prompt."""
+    backend = slow.backend
+    backend.answer = head_first(backend, **EVENT_STREAM, **{"X-A": "1"})
+    async with connected(slow.jano, stream_bytes(path)) as (reader, _):
+        assert b"X-A: 1" in await event(reader.readuntil(b"\r\n\r\n"))
+        await event(reader.readuntil(heartbeat))
+        await event(reader.readuntil(heartbeat))
+        backend.release.set()
+        assert (await event(reader.read(-1))).endswith(b"\r\n%b\r\n0\r\n\r\n" % STREAM)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Content-Type": "application/json"},
+        {**EVENT_STREAM, "Content-Encoding": "zstd"},
+        {**EVENT_STREAM, "Content-Length": str(len(STREAM))},
+    ],
+    ids=["no stream", "encoded", "of known length"],
+)
+async def test_answer_that_no_heartbeat_fits_into_gets_none(
+    slow: Slow, headers: dict[str, str]
+) -> None:
+    slow.backend.answer = head_first(slow.backend, **headers)
+    async with connected(slow.jano, stream_bytes("/v1/chat/completions")) as (reader, _):
+        await event(reader.readuntil(b"\r\n\r\n"))
+        await nothing_comes(reader, 2.5 * HEARTBEAT)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"Content-Type": "Text/Event-Stream"}, {**EVENT_STREAM, "Content-Encoding": "Identity"}],
+)
+async def test_stream_behind_heartbeats_may_be_called_one_in_capitals(
+    slow: Slow, headers: dict[str, str]
+) -> None:
+    slow.backend.answer = later(slow.backend, says(STREAM, headers=headers))
+    async with connected(slow.jano, stream_bytes("/v1/chat/completions")) as (reader, _):
+        await event(reader.readuntil(b": waiting\n\n"))
+        slow.backend.release.set()
         assert STREAM in await event(reader.read(-1))
 
 
@@ -4539,9 +4633,15 @@ async def test_other_method_that_names_no_model_is_a_405(door: Door, method: str
     assert error_of(answer) == (405, "method_not_allowed")
 
 
-async def test_connect_is_refused(door: Door) -> None:
-    message = await exchange(door.jano, request_bytes("CONNECT", "h:1"))
+@pytest.mark.parametrize("headers", [[], ["X-Model: chat"]])
+async def test_connect_is_refused(door: Door, headers: list[str]) -> None:
+    message = await exchange(door.jano, request_bytes("CONNECT", "h:1", *headers))
     assert refused(message) in (400, 404, 405)
+
+
+async def test_address_without_a_path_reaches_the_backend_as_the_root(door: Door) -> None:
+    seen = await door.seen("GET", "http://localhost?model=chat")
+    assert seen["line"] == "GET /?model=chat"
 
 
 @pytest.mark.parametrize("path", ["/v1/models/none", "/v1/models/"])
@@ -5275,7 +5375,16 @@ async def test_refusal_is_in_the_dialect_of_who_asks(
     check_dialect(answer, dialect, words)
 
 
-@pytest.mark.parametrize(("path", "headers", "dialect"), DIALECTS)
+@pytest.mark.parametrize(
+    ("path", "headers", "dialect"),
+    [
+        *DIALECTS,
+        ("/messages", [], "Anthropic"),
+        ("/upstream/a/model/v1/messages", [], "Anthropic"),
+        ("/upstream/a/model/api/chat", [], "Ollama"),
+        ("/upstream/a/model/x", [], "OpenAI"),
+    ],
+)
 async def test_wrong_key_is_told_in_the_dialect_of_who_asks(
     keyed_door: Door, path: str, headers: list[str], dialect: str
 ) -> None:
@@ -5413,6 +5522,7 @@ BAD_FORMS = {  # what is appended to the Content-Type, and the body
     "no end": ("", form_bytes(ASR, end=b"")),
     "another boundary": ("C", form_bytes(ASR)),
     "a long boundary": ("B" * 70, form_bytes(ASR)),
+    "a boundary beyond UTF-8": ("\xff", form_bytes(ASR)),
     "two models": ("", form_bytes(ASR, ASR)),
     "a model beyond UTF-8": ("", form_bytes((b"model", b"\xff"))),
     "a model of 10 MB": ("", form_bytes((b"model", TEN_MB))),
