@@ -369,6 +369,7 @@ class Worker:
         self.swap_began = 0.0
         self.stage = ("", "")  # what is wrong if the swap comes no further, and how one can tell
         self.loading: asyncio.Task[None] | None = None  # the script and the wait for readiness
+        self.abandoned: set[str] = set()  # whose last swap was; the next one goes on
         self.restart: set[str] = set()  # what seemed to be up and did not answer
         self.failures: dict[str, tuple[int, float]] = {}  # failed swaps in a row, the last
         self.refusal: Callable[[], ApiError] | None = None  # why it takes no ticket any more
@@ -382,9 +383,14 @@ class Worker:
         self.schedule.set_of[model.name] = model.set or model.name
 
     def members(self, name: str | None) -> list[Model]:
-        """The models of a set; a model without a set is its own."""
+        """The models of a set; a model without a set is its own.
+
+        One that is gone from the file counts only if it is alone: it shall not hold up the others.
+        """
         models = self.models.values()
-        return [model for model in models if self.schedule.set_of[model.name] == name]
+        members = [model for model in models if self.schedule.set_of[model.name] == name]
+        known = [model for model in members if self.jano.models.get(model.name) is model]
+        return known or members
 
     @contextlib.asynccontextmanager
     async def turn(self, ticket: Ticket) -> AsyncIterator[None]:
@@ -425,7 +431,8 @@ class Worker:
         if not self.holds:
             for ticket in schedule.advance(now):
                 resolve(ticket)
-        if self.loading and schedule.depth() and not schedule.depth(self.swapping):
+        in_vain = schedule.depth() and not schedule.depth(self.swapping)
+        if self.loading and in_vain and self.swapping not in self.abandoned:
             self.loading.cancel()  # nobody waits for this swap any more, but others do
         unload_at = self.unload_at()
         if not schedule.in_flight:
@@ -444,9 +451,10 @@ class Worker:
     def unload_at(self) -> float:
         """When what is loaded will have been idle for IDLE_UNLOAD_MS; inf: not in sight."""
         schedule = self.schedule
-        if not self.settings.idle_unload or schedule.loaded is None or schedule.depth():
+        busy = schedule.depth() or schedule.in_flight
+        if not self.settings.idle_unload or schedule.loaded is None or busy:
             return math.inf
-        since = schedule.idle_since.get(schedule.loaded, math.inf)
+        since = schedule.idle_since.get(schedule.loaded, schedule.loaded_at)
         return max(since, schedule.loaded_at) + self.settings.idle_unload
 
     async def run(self) -> None:
@@ -488,7 +496,7 @@ class Worker:
         for name in dict.fromkeys(self.schedule.set_of.values()):
             members = self.members(name)
             all_likely = all(model.name in likely for model in members)
-            if all_likely and await first_fault(members, PROBE_TIMEOUT) is None:
+            if members and all_likely and await first_fault(members, PROBE_TIMEOUT) is None:
                 self.schedule.load(name, clock())
                 self.jano.telemetry.detected(self, name)
                 break
@@ -529,6 +537,7 @@ class Worker:
         # From here on nobody may be sent to the old model, nor to a half-started new one.
         self.schedule.unload(clock())
         self.swapping, self.swap_began = name, clock()
+        self.jano.telemetry.forget_health(self, previous)
         log("info", "swap requested", model=name, previous=previous)
         failure = None
         try:
@@ -541,8 +550,11 @@ class Worker:
         for ticket in self.schedule.waiting():
             ticket.swapping += min(seconds, clock() - ticket.arrived)
         if isinstance(failure, SwapAbandoned):
+            # Not twice, or clients with short time-outs would abandon each other's swaps for ever.
+            self.abandoned.add(name)
             log("info", "swap abandoned: nobody waits for it", model=name, ms=ms(seconds))
             return
+        self.abandoned.discard(name)
         self.jano.telemetry.swapped(self, previous, name, seconds, failure is None)
         if failure:
             self.swap_failed(name, seconds, failure)
@@ -578,6 +590,8 @@ class Worker:
         """Count and log it, and fail who waits for it."""
         fails = self.failures.get(name, (0, 0.0))[0] + 1
         self.failures[name] = (fails, clock())
+        if fails > 1:  # the first may have been a slow load, which goes on; this server hangs
+            self.restart.add(name)
         facts = {"model": name, "ms": ms(seconds), "fails": fails, "err": str(failure)}
         log("error", "swap failed", **facts, **failure.details)
         text = f'swap to "{name}" failed: {failure}'
@@ -603,7 +617,7 @@ class Worker:
         """Run SWAP_COMMAND unload. Nothing is in flight; whoever comes now waits for it."""
         previous = self.schedule.loaded
         self.schedule.unload(clock())
-        self.jano.telemetry.unloaded(self.group)
+        self.jano.telemetry.unloaded(self, previous)
         log("info", "unload requested", model=previous)
         try:
             with Script(self, "unload", previous) as script:
@@ -655,6 +669,8 @@ async def wait_until_ready(worker: Worker, name: str, script: Script) -> None:
     worker.stage = ("the script runs on", "")
     await script.succeed()
     members = worker.members(name)
+    if not members:  # a reload has renamed the set, so nobody waits for it
+        raise SwapAbandoned
     worker.stage = ("the backend is not ready", f" (GET {members[0].health}: no answer)")
     polling = asyncio.create_task(poll_health(worker, members))
     alive: list[Model] = []  # whom `status` has named
@@ -667,7 +683,11 @@ async def wait_until_ready(worker: Worker, name: str, script: Script) -> None:
                 return polling.result()
             interval = STATUS_INTERVAL
             with Script(worker, "status") as status:
-                if await status.wait(STATUS_TIMEOUT):  # it says nothing of the servers
+                either: set[asyncio.Future[Any]] = {polling, status.exited}
+                await asyncio.wait(either, timeout=STATUS_TIMEOUT, return_when="FIRST_COMPLETED")
+                if polling.done():
+                    return polling.result()
+                if await status.wait(0):  # it says nothing of the servers
                     interval = STATUS_INTERVAL if alive else math.inf  # inf: it has no `status`
                     continue
                 loaded = status.names(members, "loaded")
@@ -678,8 +698,8 @@ async def wait_until_ready(worker: Worker, name: str, script: Script) -> None:
                 alive = loaded
     finally:
         polling.cancel()
-        if status:
-            status.signal(signal.SIGKILL)  # cancelled meanwhile: nothing may run beside the next
+        if status and not status.exited.done():
+            status.signal(signal.SIGKILL)  # nothing may run beside the next script
 
 
 async def poll_health(worker: Worker, members: list[Model]) -> None:
@@ -709,7 +729,7 @@ async def probe(model: Model, timeout: float) -> str | None:
     fault = None
     for path in (model.health, "/v1/models"):  # Ollama, for one, has no /health
         url = model.url.geturl() + path
-        options: dict[str, Any] = {"headers": model.headers, "timeout": limit}
+        options = {"headers": model.headers, "timeout": limit, **LIMITS}
         try:
             async with aiohttp.request("GET", url, allow_redirects=False, **options) as answer:
                 if answer.status // 100 == 2:
@@ -768,11 +788,13 @@ class Script(contextlib.AbstractContextManager["Script"]):
         with contextlib.suppress(RuntimeError):  # the loop is closed: jano has stopped
             self.loop.call_soon_threadsafe(self.exited.set_result, code)
 
-    def signal(self, number: int) -> None:
-        """Send it to the script's process group, if the script still runs."""
-        if not self.exited.done():
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.process.pid, number)
+    def signal(self, number: int) -> bool:
+        """Send it to the script's process group. Whether somebody of that was there."""
+        try:
+            os.killpg(self.process.pid, number)
+        except (ProcessLookupError, PermissionError):
+            return False
+        return True
 
     async def wait(self, timeout: float | None = None) -> int:
         """Its exit code, or minus the signal that killed it.
@@ -794,11 +816,15 @@ class Script(contextlib.AbstractContextManager["Script"]):
             raise SwapFailed(f"the script {how}", code=code, stderr=self.last_line())
 
     async def stop(self) -> None:
-        """If it runs, send its process group SIGTERM; if it runs two seconds later, SIGKILL."""
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            if not self.exited.done():
-                self.signal(number)
-                await asyncio.wait({self.exited}, timeout=2)
+        """If it runs, send its process group SIGTERM, and two seconds later SIGKILL to the rest."""
+        if self.exited.done():  # what it has left in the background stays
+            return
+        deadline = clock() + 2
+        self.signal(signal.SIGTERM)
+        while self.signal(0) and clock() < deadline:
+            await asyncio.sleep(0.02)
+        self.signal(signal.SIGKILL)
+        await asyncio.wait({self.exited}, timeout=2)
 
     def names(self, models: list[Model], state: str) -> list[Model]:
         """The models of which it has printed that they are in this state."""
@@ -1199,6 +1225,13 @@ def event(payload: dict[str, Any]) -> bytes:
     return f"{name}data: {compact(payload)}\n\n".encode()
 
 
+class Moved(ApiError):
+    """A reload has given the model of a waiting ticket to another group, or made it passthrough."""
+
+    def __init__(self) -> None:
+        super().__init__(503, "the model was moved meanwhile", "model_moved", RETRY_SOON)
+
+
 SHUTTING_DOWN = functools.partial(ApiError, 503, "jano shuts down", "shutting_down", RETRY_SOON)
 
 
@@ -1412,6 +1445,11 @@ class Jano:
                 self.workers[model.group].adopt(model)
         for worker in self.workers.values():
             worker.failures.clear()
+            for ticket in worker.schedule.waiting():
+                entry = self.models.get(ticket.model)
+                if entry and self.worker_of(entry) is not worker:
+                    worker.schedule.leave(ticket, clock())
+                    resolve(ticket, Moved())
             worker.advance()
 
     def worker_of(self, model: Model) -> Worker | None:
@@ -1638,13 +1676,7 @@ class Jano:
         if self.stopping:
             raise SHUTTING_DOWN()
         if call.worker:
-            full = self.held_bytes and self.held_bytes + len(call.body) > MAX_HELD
-            waiting = 0
-            if full or len(self.calls) >= self.settings.max_queue:
-                waiting = sum(worker.schedule.depth() for worker in self.workers.values())
-            if full or waiting >= self.settings.max_queue:
-                text = f"{waiting} requests wait, with {self.held_bytes >> 20} MB"
-                raise ApiError(503, f"the queue is full: {text}", "queue_full", RETRY_SOON)
+            self.refuse_if_full(len(call.body))
             log("info", "enqueued", id=call.id, model=call.model)
         elif self.state_of(call.entry) != "loaded":
             text = f'"{call.model}" is not loaded; POST /load?model=… loads a model'
@@ -1653,6 +1685,14 @@ class Jano:
         self.held_bytes += len(call.body)
         if call.stream and self.settings.heartbeat:
             call.timer = asyncio.get_running_loop().call_later(self.settings.heartbeat, call.beat)
+
+    def refuse_if_full(self, size: int = 0) -> None:
+        """Raises ApiError if there is no room for one more that waits, with a body of this size."""
+        waiting = sum(worker.schedule.depth() for worker in self.workers.values())
+        full = self.held_bytes and self.held_bytes + size > MAX_HELD
+        if full or waiting >= self.settings.max_queue:
+            text = f"{waiting} requests wait, with {self.held_bytes >> 20} MB"
+            raise ApiError(503, f"the queue is full: {text}", "queue_full", RETRY_SOON)
 
     async def take_turn(self, call: Call, again: bool = True) -> bytes:
         """Wait for the turn, and forward; returns the last bytes. Raises ApiError, BackendError.
@@ -1671,6 +1711,10 @@ class Jano:
                 except BackendError as error:
                     worker.backend_failed(call.model, error)
                     raise
+        except Moved:
+            call.entry = self.models[call.model]
+            call.worker = self.worker_of(call.entry)
+            return await self.take_turn(call, again)
         except BackendError as error:
             if call.relaying:
                 raise
@@ -1743,6 +1787,7 @@ class Jano:
         model = self.find_model(request.query.get("model"))
         worker = self.worker_of(model)
         if worker:
+            self.refuse_if_full()
             async with worker.turn(Ticket(model.name, clock())):
                 pass
         return web.json_response({"model": model.name, "status": {"value": "loaded"}})
@@ -1754,7 +1799,11 @@ class Jano:
             model = self.find_model(request.query["model"])
             workers = [] if model.passthrough else [self.workers[model.group]]
         # Shielded: a client that leaves must not let go of the lock while the script runs.
-        names = await asyncio.shield(asyncio.gather(*(worker.unload() for worker in workers)))
+        unloads = asyncio.gather(*(worker.unload() for worker in workers), return_exceptions=True)
+        names = await asyncio.shield(unloads)
+        for name in names:
+            if isinstance(name, BaseException):
+                raise name
         return web.json_response({"unloaded": [name for name in names if name]})
 
     async def get_ollama(self, request: web.BaseRequest) -> web.Response:
@@ -2381,9 +2430,15 @@ class Telemetry:
         self.loaded_at[name] = utc(time.time())
         self.health |= {model.name: "up" for model in worker.members(name)}
 
-    def unloaded(self, group: str) -> None:
+    def unloaded(self, worker: Worker, name: str | None) -> None:
         """The other proxy loads anew, too."""
-        self.naive_loaded.pop(group, None)
+        self.naive_loaded.pop(worker.group, None)
+        self.forget_health(worker, name)
+
+    def forget_health(self, worker: Worker, name: str | None) -> None:
+        """This set makes room: nobody knows any more how its models are."""
+        for model in worker.members(name):
+            self.health.pop(model.name, None)
 
     def settled(self, call: Call, now: float) -> None:
         """Count a request that is over; now is on the clock."""
@@ -2422,8 +2477,6 @@ class Telemetry:
     def swapped(self, worker: Worker, old: str | None, name: str, seconds: float, ok: bool) -> None:
         """A swap has ended, well or not."""
         ts = utc(time.time())
-        for model in worker.members(old):
-            self.health.pop(model.name, None)
         self.health |= {model.name: "up" if ok else "down" for model in worker.members(name)}
         swap = {"ts": ts, "from": old, "to": name, "ms": ms(seconds), "ok": ok}
         self.recent_swaps.append(swap)
@@ -2726,8 +2779,8 @@ async def run(settings: Settings, models: list[Model]) -> int:
     if not (jano.hosts or settings.api_key):
         log("warn", "everybody who reaches this host may ask: set JANO_API_KEY")
     await stop.wait()
-    listener.close()
     await drain(jano)
+    listener.close()  # not before: the next jano shall not swap while this one still forwards
     await server.shutdown(0.1)
     for idle in jano.idle.values():
         for upstream in [*idle]:
@@ -2753,12 +2806,12 @@ def known_hosts(settings: Settings, addresses: set[str]) -> set[str]:
 
 def on_signal(jano: Jano, stop: asyncio.Event, number: signal.Signals) -> None:
     log("info", "received signal", sig=number.name)
-    if number == signal.SIGHUP:
-        reload(jano)
-    elif stop.is_set():
-        os._exit(1)
-    else:
+    if number != signal.SIGHUP:
+        if stop.is_set():
+            os._exit(1)
         stop.set()
+    elif not stop.is_set():
+        reload(jano)
 
 
 def reload(jano: Jano) -> None:
@@ -2788,8 +2841,12 @@ async def explain_port(settings: Settings, error: Exception) -> int:
         limit = aiohttp.ClientTimeout(total=5)
         async with aiohttp.request("GET", f"http://{place}/health", timeout=limit) as answer:
             if answer.headers.get("Server", "").startswith("jano/"):
-                log("info", "another jano answers already", address=place)
-                return 0
+                stops = answer.status == 503
+                msg = (
+                    "another jano has not stopped yet" if stops else "another jano answers already"
+                )
+                log("info", msg, address=place)
+                return 1 if stops else 0
     print(f"jano: cannot listen on {place}: {why(error)}; no jano answers there", file=sys.stderr)
     return 1 if getattr(error, "errno", 0) == errno.EADDRINUSE else 2
 

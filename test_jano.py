@@ -2035,6 +2035,30 @@ async def test_model_that_a_reload_puts_into_the_loaded_set_is_served(
         await starting
 
 
+async def test_model_that_a_reload_removes_holds_up_its_set_no_longer(
+    tmp_path: Path, chat: Backend, code: Backend
+) -> None:
+    gone = {"name": "gone", "url": "http://127.0.0.1:1", "set": "pair"}
+    async with running_jano(tmp_path, [entry(chat), entry(code, set="pair"), gone]) as daemon:
+        await daemon.reload([entry(chat), entry(code, set="pair")])
+        assert (await daemon.ask("code"))[0] == 200
+
+
+async def test_set_may_get_another_name_while_it_loads(
+    tmp_path: Path, chat: Backend, code: Backend
+) -> None:
+    async with running_jano(tmp_path, [entry(chat), entry(code)], gated_script(tmp_path)) as daemon:
+        [client] = await daemon.queued("code")
+        await event(until(lambda: calls(tmp_path) == ["code"]))
+        client.cancel()
+        await daemon.logged("client disconnected")
+        await daemon.reload([entry(chat), entry(code, set="pair")])
+        (tmp_path / "go").touch()
+        assert (await daemon.ask("code"))[0] == 200
+        assert (await daemon.ask("chat"))[0] == 200
+    assert calls(tmp_path) == ["code", "pair", "chat"]
+
+
 # Loading and unloading on demand
 
 
@@ -2092,6 +2116,19 @@ async def test_load_of_what_is_loaded_runs_no_script(on_demand: Running) -> None
     assert "chat" not in calls(on_demand.folder)
 
 
+async def test_no_more_loads_may_wait_than_requests(
+    tmp_path: Path, chat: Backend, code: Backend
+) -> None:
+    models, script = [entry(chat), entry(code)], gated_script(tmp_path)
+    async with running_jano(tmp_path, models, script, MAX_QUEUE=3) as daemon:
+        loads = [daemon.background(post_path(daemon, "/load?model=code")) for _ in range(5)]
+        done, _ = await event(asyncio.wait(loads, return_when=asyncio.FIRST_COMPLETED))
+        assert {load.result()[1]["error"]["code"] for load in done} == {"queue_full"}
+        (tmp_path / "go").touch()
+        answers = [status for status, _ in await event(asyncio.gather(*loads))]
+    assert sorted(answers) == [200, 200, 200, 503, 503]
+
+
 async def test_load_of_an_unknown_model_is_refused(on_demand: Running) -> None:
     status, answer = await post_path(on_demand, "/load?model=no")
     assert (status, answer["error"]["code"]) == (400, "model_not_found")
@@ -2117,7 +2154,7 @@ async def test_unload_lets_what_runs_finish_and_then_frees_the_memory(
         assert (await event(unload))[0] == 200
         assert await statuses([running]) == [200]
         assert calls(tmp_path, environ=True) == ["unload previous=chat"]
-        await daemon.shows(currentModel=None, loadedModels=[])
+        await daemon.shows(currentModel=None, loadedModels=[], backendHealth={"chat": "unknown"})
 
 
 async def test_request_that_comes_during_an_unload_is_served_after_it(
@@ -2150,6 +2187,19 @@ async def test_unload_that_fails_says_so(tmp_path: Path, chat: Backend) -> None:
         assert (await daemon.ask("chat"))[0] == 200
         assert (await post_path(daemon, "/unload"))[0] >= 500
         await daemon.logged("unload failed", code=1)
+        assert (await daemon.ask("chat"))[0] == 200
+
+
+async def test_unload_that_fails_after_its_client_has_left_is_no_bug(
+    tmp_path: Path, chat: Backend
+) -> None:
+    script = gated_script(tmp_path, "unload", then="exit 1")
+    async with running_jano(tmp_path, [entry(chat)], script) as daemon:
+        unload = daemon.background(post_path(daemon, "/unload"))
+        await event(until(lambda: calls(tmp_path) == ["unload"]))
+        unload.cancel()
+        (tmp_path / "go").touch()
+        await daemon.logged("unload failed")
         assert (await daemon.ask("chat"))[0] == 200
 
 
@@ -2199,6 +2249,20 @@ async def test_idle_model_is_unloaded_once(tmp_path: Path, chat: Backend, code: 
         "code previous=",
         "unload previous=code",
     ]
+
+
+async def test_idle_model_is_unloaded_though_a_reload_has_renamed_its_set(
+    tmp_path: Path, chat: Backend
+) -> None:
+    chat.answer = chat.held
+    async with running_jano(tmp_path, [entry(chat)], IDLE_UNLOAD_MS=100) as daemon:
+        asks = await daemon.queued("chat")
+        await event(chat.arrived.get())
+        await daemon.reload([entry(chat, set="pair")])
+        chat.release.set()
+        assert await statuses(asks) == [200]
+        so_far = len(calls(tmp_path))
+        await event(until(lambda: calls(tmp_path)[so_far:] == ["unload"]))
 
 
 @pytest.mark.parametrize(("body", "exit_code"), [("exit 3", 3), ("sleep 60", -signal.SIGTERM)])
@@ -2545,6 +2609,60 @@ async def test_swap_that_finds_no_free_file_fails_alone(
         assert (await daemon.ask("code"))[0] == 200
 
 
+async def test_server_that_did_not_get_ready_twice_is_to_be_restarted(
+    tmp_path: Path, chat: Backend, code: Backend
+) -> None:
+    """Once it may have loaded slowly, and goes on with that."""
+    code.ready = False
+    models = [entry(chat), entry(code)]
+    async with running_jano(tmp_path, models, SWAP_WAIT_TIMEOUT_MS=200) as daemon:
+        assert [(await daemon.ask("code"))[0] for _ in range(3)] == [503] * 3
+    restarts = [call.endswith(" restart=1") for call in calls(tmp_path, environ=True)]
+    assert restarts == [False, False, True]
+
+
+async def test_status_that_hangs_delays_no_swap(
+    tmp_path: Path, chat: Backend, code: Backend
+) -> None:
+    asked = tmp_path / "asked"  # at the start
+    script = swap_script(tmp_path, status=f'[ ! -e "{asked}" ] || sleep 60; touch "{asked}"')
+    models = [entry(chat), entry(code, url=f"{chat.url}/code")]
+
+    async def look(request: web.Request) -> web.Response:
+        hangs = (tmp_path / "calls").read_text().count("status ") > 1
+        return web.Response(status=200 if hangs else 503)
+
+    chat.look = look
+    async with running_jano(tmp_path, models, script) as daemon:
+        await daemon.ask("code")
+        assert (await daemon.logged("swap ready"))["ms"] < 3000
+
+
+@linux_only
+async def test_child_that_ignores_sigterm_does_not_outlive_a_script_that_is_stopped(
+    tmp_path: Path, chat: Backend, code: Backend
+) -> None:
+    stubborn = "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    stubborn += f"open('{tmp_path}/child', 'w').write(str(os.getpid())); time.sleep(60)"
+    script = swap_script(tmp_path, f'{sys.executable} -ISc "{stubborn}" & wait')
+    models = [entry(chat), entry(code)]
+    async with running_jano(tmp_path, models, script, SWAP_WAIT_TIMEOUT_MS=500) as daemon:
+        assert (await daemon.ask("code"))[0] == 503
+        stat = Path(f"/proc/{(tmp_path / 'child').read_text()}/stat")
+        await event(until(lambda: not stat.exists() or " Z " in stat.read_text()))
+
+
+async def test_health_with_a_header_of_9_kb_is_fine(
+    tmp_path: Path, chat: Backend, code: Backend
+) -> None:
+    async def look(_: web.Request) -> web.Response:
+        return web.Response(headers={"X-Long": "x" * 9000})
+
+    code.look = look
+    async with running_jano(tmp_path, [entry(chat), entry(code)]) as daemon:
+        assert (await daemon.ask("code"))[0] == 200
+
+
 async def test_backend_is_asked_whether_it_is_ready_with_its_own_headers(
     tmp_path: Path, chat: Backend, code: Backend
 ) -> None:
@@ -2635,6 +2753,25 @@ async def test_swap_whose_client_has_left_is_abandoned_if_others_wait(
         client.cancel()
         assert await statuses(others) == [200]
     assert calls(tmp_path, environ=True) == ["code previous=chat", "chat previous="]
+
+
+async def test_clients_with_less_patience_than_a_swap_takes_are_served_in_the_end(
+    tmp_path: Path, chat: Backend, code: Backend
+) -> None:
+    """They ask again at once; but each time they leave, the other one waits."""
+    script = swap_script(tmp_path, "sleep 0.4")
+    served: set[str] = set()
+
+    async def client(model: str) -> None:
+        while model not in served:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(daemon.ask(model), 0.3)
+                served.add(model)
+
+    models = [entry(chat), entry(code), entry(chat, name="old")]
+    async with running_jano(tmp_path, models, script, MAX_TURN_MS=1, LINGER_MS=0) as daemon:
+        await daemon.ask("old")
+        await event(asyncio.gather(client("chat"), client("code")))
 
 
 async def test_swap_whose_client_has_left_goes_on_if_nobody_waits(
@@ -7262,6 +7399,21 @@ async def test_waiting_request_goes_where_a_reload_has_moved_its_model(
     assert calls(tmp_path) == ["code"]
 
 
+@pytest.mark.parametrize("place", [{"group": "gpu1"}, {"passthrough": True}], ids=str)
+async def test_waiting_request_goes_to_the_group_to_which_a_reload_has_moved_its_model(
+    tmp_path: Path, chat: Backend, code: Backend, place: dict[str, Any]
+) -> None:
+    chat.answer = chat.held
+    async with running_jano(tmp_path, [entry(chat), entry(code)]) as daemon:
+        asks = await daemon.queued("chat", "code")
+        await event(chat.arrived.get())
+        await daemon.reload([entry(chat), entry(code, **place)])
+        assert await statuses(asks[1:]) == [200]
+        chat.release.set()
+        assert await statuses(asks) == [200, 200]
+    assert "code previous=chat" not in calls(tmp_path, environ=True)
+
+
 async def test_more_slots_count_at_once(tmp_path: Path, chat: Backend) -> None:
     chat.answer = chat.held
     async with running_jano(tmp_path, [entry(chat)]) as daemon:
@@ -7336,6 +7488,22 @@ async def test_stop_finishes_what_runs_and_refuses_what_waits(
         chat.release.set()
         assert await statuses([running]) == [200]
         assert await event(daemon.process.wait()) == 0
+
+
+async def test_next_jano_starts_only_when_the_last_one_forwards_no_more(
+    tmp_path: Path, chat: Backend
+) -> None:
+    """Else it would swap away what the last one still serves."""
+    chat.answer = chat.held
+    async with running_jano(tmp_path, [entry(chat)]) as daemon:
+        running = await stop_during_a_request(daemon, chat)
+        assert (await daemon.ask("chat"))[1]["error"]["code"] == "shutting_down"
+        daemon.kill(signal.SIGHUP)  # comes too late to start anything
+        assert (await output_of(tmp_path, JANO_PORT=str(daemon.port)))[0] == 1
+        chat.release.set()
+        assert await statuses([running]) == [200]
+        assert await event(daemon.process.wait()) == 0
+        assert daemon.log("models reloaded") == []
 
 
 async def test_stop_leaves_a_script_alone(tmp_path: Path, chat: Backend, code: Backend) -> None:
