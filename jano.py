@@ -1298,7 +1298,7 @@ class Call(Ticket):
         drop = {b"access-control-allow-origin"} if "Origin" in self.request.headers else set()
         lines = [line.translate(None, CONTROL) for line in end_to_end(head, drop)]
         if "Date" not in head.headers:
-            lines.append(date_line(int(time.time())))
+            lines.append(b"Date: " + formatdate(usegmt=True).encode())
         if "x-request-id" not in head.headers:
             lines.append(b"x-request-id: " + self.id.encode())
         if events:
@@ -2323,12 +2323,6 @@ def utc(epoch: float) -> str:
     """As RFC 3339 has it, with milliseconds."""
     millis = int(epoch * 1000)
     return f"{utc_second(millis // 1000)}.{millis % 1000:03d}Z"
-
-
-@functools.lru_cache(2)
-def date_line(second: int) -> bytes:
-    """The Date header (RFC 9110, 6.6.1) of a second since the epoch."""
-    return b"Date: " + formatdate(second, usegmt=True).encode()
 
 
 def ms(seconds: float) -> int:
