@@ -2690,12 +2690,10 @@ x="{x:.2f}%" y="{y + 20 + 16 * row}" width="{width:.2f}%" height="{13 if name el
 class Written(web.StreamResponse):
     """For aiohttp's server: an answer that is out already."""
 
-    def __init__(self, keep_alive: bool) -> None:
-        self.is_kept = keep_alive
+    keep_alive = False  # a property in the base class
 
-    @property
-    def keep_alive(self) -> bool:
-        return self.is_kept
+    def __init__(self, keep_alive: bool) -> None:
+        self.keep_alive = keep_alive
 
     async def prepare(self, request: web.BaseRequest) -> None:
         """Nothing is left to do."""
