@@ -97,7 +97,7 @@ class Ticket:
     arrived: float
     tier: int = DEFAULT
     granted: float | None = None
-    turn: asyncio.Future[None] | None = None  # what its handler awaits while it is in the queue
+    turn: asyncio.Future[None] | None = None  # what its handler awaits
     swapping: float = 0.0  # seconds of its wait that went into swaps
     id: str = ""  # in the log, and x-request-id
 
@@ -398,12 +398,11 @@ class Worker:
         self.refuse_if_hopeless(ticket)
         if ticket.granted is None:
             self.jano.telemetry.arrived(self.group, self.schedule.set_of[ticket.model])
+        ticket.turn = asyncio.get_running_loop().create_future()
         self.schedule.arrive(ticket, clock())
         try:
             self.advance()
-            if ticket not in self.schedule.in_flight:
-                ticket.turn = asyncio.get_running_loop().create_future()
-                await ticket.turn
+            await ticket.turn  # at once, if the turn is granted already
             yield
         finally:
             self.schedule.leave(ticket, clock())
