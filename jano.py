@@ -438,11 +438,8 @@ class Worker:
             self.drained.set()
             if schedule.decision.swap_to is not None or now >= unload_at:
                 self.due.set()
-        if "check" in self.holds:
-            self.due.set()
         if self.timer:
             self.timer.cancel()
-            self.timer = None
         wake_at = min(schedule.decision.until or math.inf, unload_at)
         if now < wake_at < math.inf:
             self.timer = asyncio.get_running_loop().call_later(wake_at - now, self.advance)
@@ -505,13 +502,14 @@ class Worker:
         """A request failed, or was answered 5xx (error is None).
 
         If the backend could not be reached, it is gone. Else no turn is granted until its health
-        was asked: the ticket leaves next, and that calls `advance`.
+        was asked.
         """
         if self.schedule.set_of[model] == self.schedule.loaded:
             if error and not error.sent:
                 self.backend_gone(str(error))
             else:
                 self.holds.add("check")
+                self.due.set()
 
     def backend_gone(self, fault: str) -> None:
         """What is loaded is not, whatever we thought, and must be started anew."""
