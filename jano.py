@@ -1007,10 +1007,7 @@ class Upstream(asyncio.Protocol):
         if self.failure:
             raise self.failure
         self.waiter = self.loop.create_future()
-        try:
-            await self.waiter
-        finally:
-            self.waiter = None
+        await self.waiter
 
     def release(self) -> None:
         """The request is over: keep the connection for another one if that is safe, or close it.
