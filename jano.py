@@ -965,7 +965,6 @@ class Upstream(asyncio.Protocol):
         self.deadline = 0.0  # on the loop's clock, of who waits or of its idleness
         self.timer: asyncio.TimerHandle | None = None  # looks at the deadline
         self.on_probation = False  # idle after a stream: will the backend close it?
-        self.paused = False  # reading
         self.full = False  # the transport holds enough to be sent
         self.rest = memoryview(b"")  # of a large body
         self.unread = select.poll()  # whether there is something to read, or the end
@@ -1136,15 +1135,13 @@ class Upstream(asyncio.Protocol):
 
     def pause_reading(self) -> None:
         """Called by the reader that holds too much, because the client is slower."""
-        self.paused = True
         if self.transport:
             self.transport.pause_reading()
 
     def resume_reading(self, resume_parser: bool = True) -> None:
         """Called by the reader whenever it holds little enough."""
-        if self.paused and self.transport:
+        if self.transport:
             self.transport.resume_reading()
-        self.paused = False
 
 
 # ------------------------------------------------------------------------------ front door ----
