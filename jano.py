@@ -2336,28 +2336,23 @@ class Excerpt:
     HINTS = (b'"usage"', b'"timings"', b'"prompt_eval_count"', b'"eval_count"')
 
     def __init__(self) -> None:
-        self.head = b""
-        self.tail = bytearray()
+        self.text = bytearray()
 
     def feed(self, piece: bytes) -> None:
-        if len(self.head) < self.KEEP:
-            self.head += piece[: self.KEEP]
-            piece = piece[self.KEEP :]
-        self.tail += piece
-        if len(self.tail) > 8 * self.KEEP:
-            del self.tail[: -self.KEEP]
-
-    def numbers(self) -> dict[bytes, float]:
-        """Name -> value; the last one counts, as streams add up."""
-        text = self.head + self.tail[-self.KEEP :]
-        starts = [at for at in map(text.find, self.HINTS) if at >= 0]  # as the pattern is slow
-        found = self.NUMBER.findall(text, min(starts)) if starts else []
-        return {name: float(digits) for name, digits in found if float(digits) < 1e15}
+        self.text += piece
+        if len(self.text) > 8 * self.KEEP:
+            del self.text[self.KEEP : -self.KEEP]
 
     def tokens(self) -> dict[str, float | None]:
         """As /usage has them; None where the backend does not say."""
-        found = self.numbers()
+        del self.text[self.KEEP : -self.KEEP]  # nothing, if the answer was short
         tokens = dict(NO_TOKENS)
+        found: dict[bytes, float] = {}  # the last of a name counts, as streams add up
+        starts = [at for at in map(self.text.find, self.HINTS) if at >= 0]
+        if starts:  # as the pattern is slow
+            for name, digits in self.NUMBER.findall(self.text, min(starts)):
+                if float(digits) < 1e15:
+                    found[bytes(name)] = float(digits)
         for name, meaning in MEANINGS.items():
             if name in found:
                 tokens[meaning] = int(found[name])
