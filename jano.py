@@ -1646,13 +1646,11 @@ class Jano:
             failure = f'backend "{call.model}" {error} in the middle of an answer'
             self.settle(call, error.status, failure)
             abort(call.request)
-        except (ConnectionError, TimeoutError):
-            self.settle(call, CLIENT_LEFT)
-            abort(call.request)
-        except asyncio.CancelledError:
+        except (ConnectionError, TimeoutError, asyncio.CancelledError) as error:
             self.settle(call, CLIENT_LEFT)
             abort(call.request)  # when jano stops, too: the answer must not look complete
-            raise
+            if isinstance(error, asyncio.CancelledError):
+                raise
         finally:
             if call.status is None:
                 self.settle(call, 500, "jano failed")
