@@ -1264,10 +1264,8 @@ class Call(Ticket):
             drop.add(b"content-encoding")
         if self.stream:  # a heartbeat's head names no encoding
             drop.add(b"accept-encoding")
-        start = (
-            f"{request.method} {entry.url.path}{self.target} HTTP/1.1\r\nHost: {entry.url.netloc}"
-        )
-        lines = [start.encode("utf-8", "surrogateescape")]
+        start = f"{request.method} {entry.url.path}{self.target} HTTP/1.1"
+        lines = [start.encode("utf-8", "surrogateescape"), b"Host: " + entry.url.netloc.encode()]
         lines += [f"{name}: {value}".encode() for name, value in entry.headers.items()]
         if self.body or request.method in ("POST", "PUT", "PATCH"):
             lines.append(b"Content-Length: %d" % len(self.body))
