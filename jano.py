@@ -54,6 +54,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from bisect import bisect_left
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
@@ -2712,10 +2713,8 @@ class Connection(web.RequestHandler):
 
 def kind_of(error: BaseException | None) -> str:
     """An exception's type and place. Not its message, which may quote a client or a backend."""
-    trace = error.__traceback__ if error else None
-    while trace and trace.tb_next:
-        trace = trace.tb_next
-    place = f" at {trace.tb_frame.f_code.co_name}:{trace.tb_lineno}" if trace else ""
+    trace = traceback.extract_tb(error.__traceback__ if error else None)
+    place = f" at {trace[-1].name}:{trace[-1].lineno}" if trace else ""
     return type(error).__name__ + place
 
 
