@@ -459,13 +459,17 @@ class Worker:
         async with self.lock:
             await self.detect()
         self.advance()
+        probe_timeout = min(PROBE_TIMEOUT, self.settings.request_timeout)
         while True:
             await self.due.wait()
             self.due.clear()
             async with self.lock:
                 swap_to = self.schedule.decision.swap_to
                 if "check" in self.holds:
-                    await self.check_health()
+                    fault = await first_fault(self.members(self.schedule.loaded), probe_timeout)
+                    if fault is not None:
+                        self.backend_gone(fault)
+                    self.holds.discard("check")  # turns are granted again
                 elif self.schedule.in_flight:
                     pass  # turns were granted while we waited for the lock; their end sets due
                 elif swap_to is not None:
@@ -519,14 +523,6 @@ class Worker:
             self.schedule.unload(clock())
             self.restart.add(name)
             log("warn", "backend is gone", model=name, err=fault)
-
-    async def check_health(self) -> None:
-        """Take what is loaded for gone if it is not ready; then turns are granted again."""
-        timeout = min(PROBE_TIMEOUT, self.settings.request_timeout)
-        fault = await first_fault(self.members(self.schedule.loaded), timeout)
-        if fault is not None:
-            self.backend_gone(fault)
-        self.holds.discard("check")
 
     async def swap(self, name: str) -> None:
         """Load this set; where that fails, so do the tickets that wait for it."""
