@@ -720,22 +720,21 @@ async def first_fault(models: list[Model], timeout: float) -> str | None:
 async def probe(model: Model, timeout: float) -> str | None:
     """None if the backend says that it is ready, by 2xx on its health path; else what it said."""
     limit = aiohttp.ClientTimeout(total=timeout)
-    fault = None
     for path in (model.health, "/v1/models"):  # Ollama, for one, has no /health
         url = model.url.geturl() + path
         options = {"headers": model.headers, "timeout": limit, **LIMITS}
         try:
             async with aiohttp.request("GET", url, allow_redirects=False, **options) as answer:
-                if answer.status // 100 == 2:
-                    return None
-                fault = f"GET {path}: {answer.status}"
-                if answer.status != 404:
-                    break
+                status = answer.status
         except TimeoutError:
             return f"GET {path}: no answer within {timeout:g} s"
         except (aiohttp.ClientError, OSError, ValueError) as error:
             return f"GET {path}: {why(error)}"
-    return fault
+        if status // 100 == 2:
+            return None
+        if status != 404:
+            break
+    return f"GET {path}: {status}"
 
 
 class Script(contextlib.AbstractContextManager["Script"]):
