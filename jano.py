@@ -596,12 +596,11 @@ class Worker:
         async with self.lock:
             if self.refusal:  # jano stops, and the script of a swap may still run
                 raise self.refusal()
-            self.holds.add("unload")
+            self.holds.add("unload")  # from now on turns end, and none begins
+            self.drained.clear()
             try:
                 self.advance()
-                while self.schedule.in_flight:
-                    self.drained.clear()
-                    await self.drained.wait()
+                await self.drained.wait()
                 return await self.free_memory()
             finally:
                 self.holds.discard("unload")
