@@ -47,7 +47,6 @@ import shutil
 import signal
 import socket
 import ssl
-import stat
 import struct
 import subprocess
 import sys
@@ -64,7 +63,7 @@ from email.utils import formatdate
 from hashlib import sha256
 from html import escape
 from ipaddress import ip_address
-from itertools import accumulate, islice
+from itertools import accumulate, chain, islice
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from time import monotonic as clock
@@ -399,11 +398,12 @@ class Worker:
         self.refuse_if_hopeless(ticket)
         if ticket.granted is None:
             self.jano.telemetry.arrived(self.group, self.schedule.set_of[ticket.model])
-        ticket.turn = asyncio.get_running_loop().create_future()
         self.schedule.arrive(ticket, clock())
         try:
             self.advance()
-            await ticket.turn  # at once, if the turn is granted already
+            if ticket not in self.schedule.in_flight:
+                ticket.turn = asyncio.get_running_loop().create_future()
+                await ticket.turn
             yield
         finally:
             self.schedule.leave(ticket, clock())
@@ -431,7 +431,7 @@ class Worker:
         if not self.holds:
             for ticket in schedule.advance(now):
                 resolve(ticket)
-        in_vain = schedule.depth() and not schedule.depth(self.swapping)
+        in_vain = schedule.queues and not schedule.depth(self.swapping)
         if self.loading and in_vain and self.swapping not in self.abandoned:
             self.loading.cancel()  # nobody waits for this swap any more, but others do
         unload_at = self.unload_at()
@@ -448,7 +448,7 @@ class Worker:
     def unload_at(self) -> float:
         """When what is loaded will have been idle for IDLE_UNLOAD_MS; inf: not in sight."""
         schedule = self.schedule
-        busy = schedule.depth() or schedule.in_flight
+        busy = schedule.in_flight or schedule.queues
         if not self.settings.idle_unload or schedule.loaded is None or busy:
             return math.inf
         since = schedule.idle_since.get(schedule.loaded, schedule.loaded_at)
@@ -533,35 +533,32 @@ class Worker:
         self.swapping, self.swap_began = name, clock()
         self.jano.telemetry.forget_health(self, previous)
         log("info", "swap requested", model=name, previous=previous)
-        failure = None
         try:
             await self.bring_up(name, previous)
-        except (SwapFailed, SwapAbandoned) as error:
-            failure = error
-        finally:
-            self.swapping = None
-        seconds = clock() - self.swap_began
-        for ticket in self.schedule.waiting():
-            ticket.swapping += min(seconds, clock() - ticket.arrived)
-        if isinstance(failure, SwapAbandoned):
+        except SwapAbandoned:
             # Not twice, or clients with short time-outs would abandon each other's swaps for ever.
             self.abandoned.add(name)
-            log("info", "swap abandoned: nobody waits for it", model=name, ms=ms(seconds))
-            return
-        self.abandoned.discard(name)
-        self.jano.telemetry.swapped(self, previous, name, seconds, failure is None)
-        if failure:
-            self.swap_failed(name, seconds, failure)
+            took = ms(clock() - self.swap_began)
+            log("info", "swap abandoned: nobody waits for it", model=name, ms=took)
+        except SwapFailed as failure:
+            self.swap_failed(name, previous, failure)
         else:
+            seconds = clock() - self.swap_began
+            self.abandoned.discard(name)
             self.failures.pop(name, None)
             self.restart.discard(name)
             self.schedule.load(name, clock(), clock() - draining_since)
+            self.jano.telemetry.swapped(self, previous, name, seconds, ok=True)
             log("info", "swap ready", model=name, ms=ms(seconds))
+        finally:
+            self.swapping = None
+            for ticket in self.schedule.waiting():
+                ticket.swapping += clock() - max(self.swap_began, ticket.arrived)
 
     async def bring_up(self, name: str, previous: str | None) -> None:
         """Script and readiness, under one deadline. Raises SwapFailed or SwapAbandoned."""
         timeout = self.settings.swap_wait_timeout
-        with Script(self, name, previous, restart=name in self.restart) as script:
+        with Script(self, name, previous) as script:
             self.loading = asyncio.create_task(wait_until_ready(self, name, script))
             try:
                 await asyncio.wait({self.loading}, timeout=timeout)
@@ -580,8 +577,11 @@ class Worker:
                 self.loading.cancel()
                 self.loading = None
 
-    def swap_failed(self, name: str, seconds: float, failure: SwapFailed) -> None:
+    def swap_failed(self, name: str, previous: str | None, failure: SwapFailed) -> None:
         """Count and log it, and fail who waits for it."""
+        seconds = clock() - self.swap_began
+        self.abandoned.discard(name)
+        self.jano.telemetry.swapped(self, previous, name, seconds, ok=False)
         fails = self.failures.get(name, (0, 0.0))[0] + 1
         self.failures[name] = (fails, clock())
         if fails > 1:  # the first may have been a slow load, which goes on; this server hangs
@@ -745,13 +745,12 @@ class Script(contextlib.AbstractContextManager["Script"]):
     child when the loop closes, and a script must outlive a restart of jano.
     """
 
-    def __init__(
-        self, worker: Worker, argument: str, previous: str | None = None, restart: bool = False
-    ) -> None:
+    def __init__(self, worker: Worker, argument: str, previous: str | None = None) -> None:
         """Starts it. Raises SwapFailed if that cannot be done."""
         environ = dict(os.environ, JANO_PREVIOUS_MODEL=previous or "", JANO_GROUP=worker.group)
         environ.pop("JANO_API_KEY", None)
-        environ |= {"JANO_RESTART": "1"} if restart else {}
+        if argument in worker.restart:
+            environ["JANO_RESTART"] = "1"
         self.files = contextlib.ExitStack()
         try:
             self.stdout = self.files.enter_context(output_file(worker, argument, "out"))
@@ -797,8 +796,7 @@ class Script(contextlib.AbstractContextManager["Script"]):
         if self.exited.done():
             return self.exited.result()
         await self.stop()
-        code = self.exited.result() if self.exited.done() else -signal.SIGKILL
-        return code or -signal.SIGTERM
+        return -signal.SIGTERM
 
     async def succeed(self, timeout: float | None = None) -> None:
         """Wait until it has ended well. Raises SwapFailed."""
@@ -960,7 +958,6 @@ class Upstream(asyncio.Protocol):
         self.deadline = 0.0  # on the loop's clock, of who waits or of its idleness
         self.timer: asyncio.TimerHandle | None = None  # looks at the deadline
         self.on_probation = False  # idle after a stream: will the backend close it?
-        self.full = False  # the transport holds enough to be sent
         self.rest = memoryview(b"")  # of a large body
         self.unread = select.poll()  # whether there is something to read, or the end
 
@@ -973,12 +970,10 @@ class Upstream(asyncio.Protocol):
         self.timeout = timeout
         self.deadline = self.loop.time() + timeout
         self.look_at(self.deadline)
-        if len(body) < BUFFER:
-            self.transport.write(request + body)
-        else:
-            self.transport.write(request)
-            self.rest = memoryview(body)
-            self.send_rest()
+        self.transport.write(request + body[:BUFFER])
+        if len(body) > BUFFER:
+            self.rest = memoryview(body)[BUFFER:]
+            self.resume_writing()
         while self.head is None:
             await self.wait()
         return self.head
@@ -1052,6 +1047,7 @@ class Upstream(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
+        self.transport.set_write_buffer_limits(0)  # it calls resume_writing when all is sent
         self.unread.register(transport.get_extra_info("socket"), select.POLLIN)
 
     def data_received(self, data: bytes) -> None:
@@ -1111,22 +1107,18 @@ class Upstream(asyncio.Protocol):
         if self.waiter and not self.waiter.done():
             self.waiter.set_result(None)
 
-    def pause_writing(self) -> None:
-        self.full = True
-
     def resume_writing(self) -> None:
-        self.full = False
-        self.send_rest()
+        """Hand the transport a piece of a large body once it has sent the last, as it makes a copy.
 
-    def send_rest(self) -> None:
-        """Hand the transport as much of a large body as it takes, since it makes a copy.
-
-        In pieces, as the loop must run before a TLS transport knows that its connection is lost.
+        One in a turn of the loop, or a TLS transport would never notice that it is cut off.
         """
-        if self.rest and self.transport and not (self.full or self.transport.is_closing()):
+        transport = self.transport
+        if not self.rest or transport is None or transport.is_closing():
+            return
+        if transport.get_write_buffer_size() == 0:
             piece, self.rest = self.rest[:BUFFER], self.rest[BUFFER:]
-            self.transport.write(piece)
-            self.loop.call_soon(self.send_rest)
+            transport.write(piece)
+            self.loop.call_soon(self.resume_writing)
 
     def pause_reading(self) -> None:
         """Called by the reader that holds too much, because the client is slower."""
@@ -1242,7 +1234,6 @@ class Call(Ticket):
     sent_status: int = 0  # what the client is told
     excerpt: Excerpt | None = None  # of the answer, where tokens are counted
     first_byte: float | None = None
-    failure: str = ""  # what went wrong, in jano's words
     status: int | None = None  # once it is over, as it is counted
 
     @property
@@ -1282,7 +1273,7 @@ class Call(Ticket):
         drop = {b"access-control-allow-origin"} if "Origin" in self.request.headers else set()
         lines = [line.translate(None, CONTROL) for line in end_to_end(head, drop)]
         if "Date" not in head.headers:
-            lines.append(b"Date: " + formatdate(usegmt=True).encode())
+            lines.append(date_line(int(time.time())))
         if "x-request-id" not in head.headers:
             lines.append(b"x-request-id: " + self.id.encode())
         if events:
@@ -1658,7 +1649,9 @@ class Jano:
         if self.stopping:
             raise SHUTTING_DOWN()
         if call.worker:
-            self.refuse_if_full(len(call.body))
+            size = len(call.body)
+            if len(self.calls) >= self.settings.max_queue or self.held_bytes + size > MAX_HELD:
+                self.refuse_if_full(size)
             log("info", "enqueued", id=call.id, model=call.model)
         elif self.state_of(call.entry) != "loaded":
             text = f'"{call.model}" is not loaded; POST /load?model=… loads a model'
@@ -1711,9 +1704,9 @@ class Jano:
         if call.status is not None:
             return
         call.stop_heartbeats()
-        call.status, call.failure = status, failure
+        call.status = status
         now = clock()
-        self.telemetry.settled(call, now)
+        self.telemetry.settled(call, now, failure)
         facts = {"id": call.id, "model": call.model, "status": status, "ms": ms(now - call.arrived)}
         if call.granted is not None:
             facts["aborted"] = status == CLIENT_LEFT
@@ -2259,11 +2252,8 @@ class Log:
     def __init__(self) -> None:
         self.lost = 0
         self.broken = ""  # a newline, if the last line is not whole
-        self.is_file = False
-        self.ready = select.poll()
+        self.ready = select.poll()  # a file, or a closed stdout, is always ready
         self.ready.register(1, select.POLLOUT)
-        with contextlib.suppress(OSError):
-            self.is_file = stat.S_ISREG(os.fstat(1).st_mode)
 
     def __call__(self, level: str, msg: str, **facts: object) -> None:
         if self.lost and self.write("warn", "log lines lost", {"lost": self.lost}):
@@ -2284,7 +2274,7 @@ class Log:
         data = f"{self.broken}{line}}}\n".encode()
         size = len(data)
         try:
-            while data and (self.is_file or self.ready.poll(0)):
+            while data and self.ready.poll(0):
                 data = data[os.write(1, data[: select.PIPE_BUF]) :]
         except OSError:
             pass  # what is left is lost
@@ -2305,6 +2295,12 @@ def utc(epoch: float) -> str:
     """As RFC 3339 has it, with milliseconds."""
     millis = int(epoch * 1000)
     return f"{utc_second(millis // 1000)}.{millis % 1000:03d}Z"
+
+
+@functools.lru_cache(2)
+def date_line(second: int) -> bytes:
+    """The Date header (RFC 9110, 6.6.1) of a second since the epoch."""
+    return b"Date: " + formatdate(second, usegmt=True).encode()
 
 
 def ms(seconds: float) -> int:
@@ -2411,7 +2407,7 @@ class Telemetry:
         for model in worker.members(name):
             self.health.pop(model.name, None)
 
-    def settled(self, call: Call, now: float) -> None:
+    def settled(self, call: Call, now: float, failure: str) -> None:
         """Count a request that is over; now is on the clock."""
         ts, model, code = utc(time.time()), call.model, call.status or 0
         granted = call.granted or now
@@ -2434,7 +2430,7 @@ class Telemetry:
         self.records.append(record)
         self.requests[model, code] += 1
         if code >= 500:
-            words = call.failure or f"the backend answered {code}"
+            words = failure or f"the backend answered {code}"
             self.last_error = {"ts": ts, "model": model, "message": words}
         if code in (502, 504):
             self.health[model] = "down"
@@ -2746,12 +2742,15 @@ async def run(settings: Settings, models: list[Model]) -> int:
     if not (jano.hosts or settings.api_key):
         log("warn", "everybody who reaches this host may ask: set JANO_API_KEY")
     await stop.wait()
-    await drain(jano)
+    jano.stopping = True
+    for worker in jano.workers.values():  # what is queued fails; what is in flight may finish
+        worker.close(SHUTTING_DOWN)
+    if jano.calls:
+        await asyncio.wait(jano.calls.values(), timeout=settings.shutdown_timeout)
     listener.close()  # not before: the next jano shall not swap while this one still forwards
     await server.shutdown(0.1)
-    for idle in jano.idle.values():
-        for upstream in [*idle]:
-            upstream.close()
+    for upstream in [*chain(*jano.idle.values())]:
+        upstream.close()
     await asyncio.sleep(0)  # until what has been closed is
     now = status(jano)
     facts = {"served": now["requestsServedTotal"], "swaps": now["swapsTotal"]}
@@ -2772,32 +2771,18 @@ def known_hosts(settings: Settings, addresses: set[str]) -> set[str]:
 
 
 def on_signal(jano: Jano, stop: asyncio.Event, number: signal.Signals) -> None:
+    """SIGHUP: read models.json again; one with a fault changes nothing. Else stop."""
     log("info", "received signal", sig=number.name)
     if number != signal.SIGHUP:
         if stop.is_set():
-            os._exit(1)
+            os._exit(1)  # it was told twice
         stop.set()
     elif not stop.is_set():
-        reload(jano)
-
-
-def reload(jano: Jano) -> None:
-    """Read models.json again; one with a fault changes nothing."""
-    try:
-        jano.adopt(load_models(jano.settings))
-    except ConfigError as error:
-        log("error", "models not reloaded", fault=str(error))
-    else:
-        log("info", "models reloaded", models=list(jano.models))
-
-
-async def drain(jano: Jano) -> None:
-    """Fail the queued, take no more, and give what is in flight SHUTDOWN_TIMEOUT_MS to finish."""
-    jano.stopping = True
-    for worker in jano.workers.values():
-        worker.close(SHUTTING_DOWN)
-    if jano.calls:
-        await asyncio.wait(jano.calls.values(), timeout=jano.settings.shutdown_timeout)
+        try:
+            jano.adopt(load_models(jano.settings))
+            log("info", "models reloaded", models=list(jano.models))
+        except ConfigError as error:
+            log("error", "models not reloaded", fault=str(error))
 
 
 async def explain_port(settings: Settings, error: Exception) -> int:
