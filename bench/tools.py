@@ -1,7 +1,11 @@
-"""What the measurements share: processes, a raw HTTP client and backend, tables."""
+"""What the measurements share: processes, a raw HTTP client and backend, figures and tables.
+
+python bench/tools.py PORT starts the Backend; its options are at the end.
+"""
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import json
@@ -20,10 +24,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 JANO = Path(__file__).resolve().parent.parent / "jano.py"
+ANSWER = b"""{"id": "x", "object": "chat.completion", "choices": [{"index": 0, "message":
+ {"role": "assistant", "content": "Jano."}, "finish_reason": "stop"}],
+ "usage": {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12}}"""
+HEAD = b" 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n"
 STREAM_HEAD = (
     b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n"
 )
+EVENT = b'data: {"choices": [{"index": 0, "delta": {"content": " word"}}]}\n\n'
 LAST_CHUNK = b"0\r\n\r\n"
+LOADING = b"HTTP/1.1 503 Loading\r\nContent-Length: 0\r\n\r\n"
+KEEP_ALIVE = b"Keep-Alive: timeout=5, max=100\r\n"
 
 
 class Bench:
@@ -50,12 +61,11 @@ class Bench:
     def start(self, port: int, *argv: object, **environ: str) -> int:
         """Start a process, wait until it listens on `port`, return its pid; it logs to PORT.log."""
         clean = {name: value for name, value in os.environ.items() if name[:6] != "PYTHON"}
+        clean |= {"PYTHONHASHSEED": "0"} | environ
         command = [str(argument) for argument in argv]
         path = self.folder / f"{port}.log"
         with open(path, "wb") as log:
-            process = subprocess.Popen(
-                command, cwd=self.folder, stdout=log, stderr=log, env=clean | environ
-            )
+            process = subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log, env=clean)
         self.processes.append(process)
         patience = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < patience:
@@ -65,15 +75,20 @@ class Bench:
             time.sleep(0.02)
         raise SystemExit(f"{command} does not listen on {port}:\n{path.read_text()}")
 
+    def backend(self) -> tuple[int, int]:
+        """Start a Backend: its port and pid."""
+        port = free_port()
+        return port, self.start(port, sys.executable, __file__, port)
+
     def jano(
         self,
-        port: int,
         models: list[dict[str, Any]],
         swap: str = "exit 0",
         command: Sequence[object] = (sys.executable, JANO),
         **settings: str,
-    ) -> int:
-        """Start a jano in front of `models`; `swap` is the text of its script. Its pid."""
+    ) -> tuple[int, int]:
+        """Start a jano in front of `models`: its port and pid. `swap`: the text of its script."""
+        port = free_port()
         (self.folder / f"{port}.json").write_text(json.dumps({"models": models}))
         script = self.folder / f"{port}.sh"
         script.write_text(f"#!/bin/sh\n{swap}\n")
@@ -81,12 +96,12 @@ class Bench:
         settings["SWAP_COMMAND"] = shlex.quote(str(script))
         settings["MODELS_FILE"] = f"{port}.json"
         settings["JANO_PORT"] = str(port)
-        return self.start(port, *command, **settings)
+        return port, self.start(port, *command, **settings)
 
 
-def absolute_path(text: str) -> Path:
-    """For command lines: processes are started in another folder."""
-    return Path(text).resolve()
+def model(name: str, port: int, **more: Any) -> dict[str, Any]:
+    """An entry of models.json."""
+    return {"name": name, "url": f"http://127.0.0.1:{port}"} | more
 
 
 def free_port() -> int:
@@ -158,16 +173,27 @@ class Client:
 
 
 class Backend(asyncio.Protocol):
-    """A raw server: `answer` gets each whole request; `may_write` is set while the peer reads."""
+    """A raw model server that does what a request's JSON says: it is one of these servers.
+
+    silent     keeps connections as HTTP/1.1 does by default: uvicorn, hence vLLM; Go, hence Ollama
+    promising  says that it keeps them, and does
+    closing    says that it keeps them, and closes after each stream: llama-server
+    dying      closes them in the middle of the answer
+    mute       answers nothing but GET
+    """
 
     transport: asyncio.Transport
+    # A connection is closed after so many idle seconds, without a word. At once: that is HTTP/1.0.
+    idle: float | None = None
+    ready = 0.0  # until then it answers 503
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
         self.received = b""
-        self.may_write = asyncio.Event()
+        self.may_write = asyncio.Event()  # set while the peer reads
         self.may_write.set()
+        self.end: asyncio.TimerHandle | None = None
 
     def pause_writing(self) -> None:
         self.may_write.clear()
@@ -177,6 +203,8 @@ class Backend(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Collect one request; no client sends a second one before it has the answer."""
+        if self.end:
+            self.end.cancel()
         self.received += data
         head, end_of_head, body = self.received.partition(b"\r\n\r\n")
         length = head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0]
@@ -185,24 +213,68 @@ class Backend(asyncio.Protocol):
             self.answer(head, body)
 
     def answer(self, head: bytes, body: bytes) -> None:
-        raise NotImplementedError
+        if time.monotonic() < self.ready:
+            self.transport.write(LOADING)
+            return
+        request = json.loads(body or b'{"server": "silent", "stream": false}')  # GET has no body
+        server = request["server"]
+        promise = KEEP_ALIVE if server in ("promising", "closing") else b""
+        if request["stream"] and self.idle != 0:
+            self.transport.write(STREAM_HEAD + promise + b"\r\n")
+            self.streaming = asyncio.ensure_future(self.stream(request))
+        elif server == "dying":
+            self.transport.close()
+        elif server != "mute":
+            data = request.get("event", "").encode() or ANSWER
+            version = b"HTTP/1.0" if self.idle == 0 else b"HTTP/1.1"
+            self.transport.write(version + HEAD % len(data) + promise + b"\r\n" + data)
+            self.rest()
+
+    async def stream(self, request: dict[str, Any]) -> None:
+        data = request.get("event", "").encode() or EVENT * request["events"]
+        chunk = b"%x\r\n%b\r\n" % (len(data), data)
+        for _ in range(request["chunks"]):
+            await self.may_write.wait()
+            self.transport.write(chunk)
+            if request["pause"]:
+                await asyncio.sleep(request["pause"])
+        if request["server"] != "dying":
+            self.transport.write(LAST_CHUNK)
+        if request["server"] in ("closing", "dying"):
+            self.transport.close()
+        self.rest()
+
+    def rest(self) -> None:
+        if self.idle is not None:
+            self.end = asyncio.get_running_loop().call_later(self.idle, self.transport.close)
 
     @classmethod
-    async def serve(cls, port: int) -> None:
+    async def serve(cls, port: int, loading: float = 0, refuses: bool = False) -> None:
+        """Be ready after so many seconds, and write into PORT.ready when that was."""
+        cls.ready = time.monotonic() + loading
+        await asyncio.sleep(loading if refuses else 0)
         loop = asyncio.get_running_loop()
         server = await loop.create_server(cls, "127.0.0.1", port, backlog=1024)
+        cls.ready = max(cls.ready, time.monotonic())
+        Path(f"{port}.ready").write_text(str(cls.ready))  # noqa: ASYNC240
         await server.serve_forever()
 
 
-def post(path: str = "/v1/chat/completions", **fields: Any) -> bytes:
+def one_shot(server: str = "silent", **fields: Any) -> bytes:
     """A chat request to model "m" as a client sends it; the fields are added to its JSON."""
     messages = [{"role": "user", "content": "Who was it that looked both ways?"}]
-    body = json.dumps({"model": "m", "messages": messages} | fields).encode()
+    request = {"model": "m", "messages": messages, "server": server, "stream": False}
+    body = json.dumps(request | fields).encode()
     head = (
-        f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nUser-Agent: bench\r\nAccept: */*\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nUser-Agent: bench\r\n"
+        f"Accept: */*\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body
+
+
+def stream(server: str = "silent", chunks: int = 2, pause: float = 0, events: int = 1) -> bytes:
+    """The same for a stream of so many chunks, each of so many events; a pause is seconds."""
+    return one_shot(server, stream=True, chunks=chunks, pause=pause, events=events)
 
 
 # ------------------------------------------------------------------------- figures and tables
@@ -214,10 +286,16 @@ class Figure(NamedTuple):
     sign: str  # "<=" or ">="
     limit: float
 
-    def is_kept(self) -> bool:
-        if self.sign == "<=":
-            return self.measured <= self.limit
-        return self.measured >= self.limit
+
+def promises(script: str, quick: bool) -> list[tuple[str, str, str, str, float]]:
+    """The script's lines of figures.csv: case, measure, times what, sign, limit."""
+    found = []
+    for line in Path(__file__).with_name("figures.csv").read_text().splitlines():
+        name, *fields = line.split(";")
+        if name == script or (name == f"{script} full" and not quick):
+            case, measure, other, sign, limit = fields
+            found.append((case, measure, other, sign, float(limit)))
+    return found
 
 
 def table(title: str, rows: list[dict[str, str]]) -> None:
@@ -234,10 +312,20 @@ def table(title: str, rows: list[dict[str, str]]) -> None:
 def verdict(figures: list[Figure]) -> int:
     """Print each figure beside its limit. The exit code: 1 if one is missed."""
     rows = []
-    for figure in figures:
-        row = {"figure": figure.what, "measured": f"{figure.measured:.2f}"}
-        row["limit"] = f"{figure.sign} {figure.limit:g}"
-        row[""] = "kept" if figure.is_kept() else "MISSED"
-        rows.append(row)
+    for what, measured, sign, limit in figures:
+        kept = measured <= limit if sign == "<=" else measured >= limit
+        row = {"figure": what, "measured": f"{measured:.2f}", "limit": f"{sign} {limit:g}"}
+        rows.append(row | {"": "kept" if kept else "MISSED"})
     table("Figures", rows)
-    return int(not all(figure.is_kept() for figure in figures))
+    return int(any(row[""] == "MISSED" for row in rows))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="A model server for measurements.")
+    parser.add_argument("port", type=int)
+    parser.add_argument("--idle", type=float, help="close connections after so many seconds")
+    parser.add_argument("--loading", type=float, default=0, help="be ready after so many seconds")
+    parser.add_argument("--refuses", action="store_true", help="listen only then")
+    options = parser.parse_args()
+    Backend.idle = options.idle
+    asyncio.run(Backend.serve(options.port, options.loading, options.refuses))
