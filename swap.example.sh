@@ -2,10 +2,10 @@
 # Swap script for Jano: the servers are plain processes, each with a log and a pid file.
 #
 #   swap.sh NAME      stop the other servers, wait until they are gone, start NAME's; exit 0.
-#                     NAME runs already: exit 0 at once. Jano waits until it answers, not we.
-#                     JANO_RESTART=1 in the environment: it runs, but does not answer; replace it.
+#                     NAME runs already: exit 0 at once. Jano waits until it answers, we do not.
+#                     JANO_RESTART=1 in the environment: it runs but does not answer: restart it.
 #   swap.sh status    print "NAME: loaded" for a server that runs, "NAME: dead" for one that ended
-#                     by itself, and on stderr why: jano logs the last line that it finds there
+#                     by itself, and the reason on stderr, whose last line Jano logs
 #   swap.sh unload    stop all servers
 #
 # Exit 0 means done; anything else comes with a line on stderr. Calls may overlap, be repeated, or
@@ -15,7 +15,7 @@ set -u
 
 # Your models: the name in models.json, then its server's command. The command must stay in the
 # foreground: no `&`, no daemon mode. `env CUDA_VISIBLE_DEVICES=1 some-server …` works as well.
-# A set, whose models run at the same time, is a row, too: `model SET together MODEL MODEL …`.
+# A set (models that run at the same time) is a row, too: `model SET together MODEL MODEL …`.
 table() {
   model chat llama-server -m "$HOME/models/chat.gguf" --port 8081
   model code llama-server -m "$HOME/models/code.gguf" --port 8080
@@ -23,8 +23,8 @@ table() {
 
 grace=10   # seconds between asking a server to stop and killing it
 
-# Here are NAME.pid, NAME.log and NAME.log.1, in a folder for each group of models: a swap stops the
-# servers of its own group only. By hand, for another one than default: JANO_GROUP=gpu1 ./swap.sh …
+# This folder has NAME.pid, NAME.log and NAME.log.1. Each group of models has its own folder: a swap
+# stops only servers of its group. By hand, for the group gpu1: JANO_GROUP=gpu1 ./swap.sh …
 dir=${SWAP_STATE_DIR:-${XDG_STATE_HOME:-$HOME/.local/state}/jano}/${JANO_GROUP:-default}
 
 PATH=$PATH:/usr/sbin:$HOME/.local/bin:/usr/local/bin:/opt/homebrew/bin   # cron's is very short
@@ -67,8 +67,8 @@ loaded() { recorded "$1" && living "$pid" "$pid"; }
 
 died() { [ -s "$(file "$1" pid)" ] && ! loaded "$1"; }      # was started, and not stopped by us
 
-# Why the server of $1 ended: the last line of its log about memory, or else the last line. (With
-# llama-server that one says only that it exits.)
+# Why the server of $1 ended: the last line of its log about memory, or else the last line (which,
+# with llama-server, says only that it exits).
 last_words() {
   local log lines cause memory='(out ?of|insufficient).*memory|(failed|unable) to alloc|bad_alloc'
   log=$(file "$1" log)
@@ -80,8 +80,8 @@ last_words() {
   echo "${cause:0:200} (log: $log)"
 }
 
-# A server that finds its port taken dies later, or not at all, and jano would take the answers of
-# whoever listens there for its own.
+# A server that finds its port taken dies late or never, and the answers of whoever listens there
+# would pass for the model's.
 refuse_taken_port() {
   local port owner option=' --port[ =]([0-9]+) '
   [[ " ${cmd[*]-} " =~ $option ]] || return 0
@@ -178,7 +178,7 @@ case $1 in
     table
     for name in "${models[@]}"; do
       if loaded "$name"; then
-        echo "$name: loaded" || exit 1      # as what it does not name is not there
+        echo "$name: loaded" || exit 1      # for Jano, an unnamed model is not loaded
       elif died "$name"; then
         echo "$name: dead"
         echo "$name: dead: $(last_words "$name")" >&2
@@ -231,7 +231,7 @@ exit 0
 #   stop()   { docker stop -t "$grace" "llm-$1" >/dev/null || exit 1; }
 #   loaded() { [ "$(docker inspect -f '{{.State.Running}}' "llm-$1")" = true ]; }
 #
-# vLLM asleep: all servers stay up, one awake (contrib/swap.vllm-sleep.sh tells how, and more surely)
+# vLLM asleep: all servers stay up, one awake (contrib/swap.vllm-sleep.sh does it with more checks)
 #   url()    { case $1 in chat) echo 127.0.0.1:8081 ;; code) echo 127.0.0.1:8080 ;; esac; }
 #   start()  { curl -fsS -m 60 -X POST "$(url "$1")/wake_up" || exit 1; }
 #   stop()   { ! loaded "$1" || curl -fsS -m 60 -X POST "$(url "$1")/sleep?level=1" || exit 1; }

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Swap script for Jano: CUDA servers that all stay up, one on the GPU, the others suspended. The
 # driver moves the GPU memory of a process into host RAM and back. The server keeps its port, its
-# weights and its prompt cache, and need not know of it.
+# weights and its prompt cache, and needs no change.
 #
 #   swap.cuda-suspend.sh NAME | status | unload     the contract of swap.example.sh
-#   swap.cuda-suspend.sh stop                       end the servers, too
+#   swap.cuda-suspend.sh stop                       end all servers
 #
 # A model's first swap starts its server. One that cannot be suspended or woken is killed.
 # Needs Linux, NVIDIA's driver 570 or later, bash 4, python3, procps, util-linux, and as much host RAM
-# as all servers have GPU memory. The driver cannot do it for unified memory, nor for memory that
+# as all servers have GPU memory. The driver cannot suspend unified memory or memory that
 # processes share (IPC).
 #
 # Measured with transformers serve on an H200 in a virtual machine: 2.2 s instead of 19.3 s for a

