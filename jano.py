@@ -62,7 +62,6 @@ from datetime import datetime
 from email.utils import formatdate
 from hashlib import sha256
 from html import escape
-from ipaddress import ip_address
 from itertools import accumulate, chain, islice
 from operator import attrgetter, itemgetter
 from pathlib import Path
@@ -1921,13 +1920,13 @@ class Kind(NamedTuple):
             converted = self.convert(value)
             if converted is not None:
                 return converted
-        found = shown(masked(value) if self.is_secret else value)
+        found = shown(value, self.is_secret)
         raise ConfigError(f"{where}: found {found}, expected {self.expected}")
 
 
-def matching(pattern: str, expected: str) -> Kind:
+def matching(pattern: str, expected: str, is_secret: bool = False) -> Kind:
     """A text that all of the pattern fits."""
-    return Kind(expected, lambda value: re.fullmatch(f"(?i:{pattern})", value) and value)
+    return Kind(expected, lambda value: re.fullmatch(f"(?i:{pattern})", value) and value, is_secret)
 
 
 def number(
@@ -1969,23 +1968,10 @@ def address(value: str) -> SplitResult | None:
     return url if good and re.fullmatch(r"https?://[^\s?#@\\]+", value) else None
 
 
-def host(value: str) -> str | None:
-    """An address or name to listen on; None if it is none."""
-    if ":" in value:
-        ip_address(value)  # else it has a port
-    return value if value.encode("idna") and re.fullmatch(r"[\w.:%-]+", value) else None
-
-
 def host_names(value: str) -> list[str] | None:
     """Those in a comma-separated text; None if one of them is none."""
     names = [host_name(part) for part in words(value)]
     return names if all(names) else None
-
-
-def api_key(value: str) -> str | None:
-    """As clients can send it; none is one, too."""
-    good = re.fullmatch(FIT, value) and value == value.strip()
-    return value if good or not value else None
 
 
 def words(value: str) -> list[str]:
@@ -2028,12 +2014,16 @@ TRUTH = Kind("true or false", lambda value: value if isinstance(value, bool) els
 OBJECT = Kind("an object", dict.copy)
 HEADERS = Kind("headers, none of them jano's own, and their ASCII texts", header_table, True)
 ADDRESS = Kind("an http or https address such as http://127.0.0.1:8081", address)
-KEY = Kind("a text without control characters, or spaces around it", api_key, True)
+KEY = matching(
+    rf"(?!\s)({FIT})?(?<!\s)", "a text without control characters, or spaces around it", True
+)
 PATH = matching(r"/[^\s#\0-\x1f\x7f]*", "a path such as /health")
 SCRIPT = Kind("the path of your swap script, executable (chmod +x), without $VARIABLES", command)
 ORIGINS = Kind("* or origins such as http://localhost:* or app://*", origins)
 HOST_NAMES = Kind("host names such as box.lan, or [::1]", host_names)
-HOST = Kind("an address such as 127.0.0.1 or ::1, or a name", host)
+HOST = matching(
+    r"[\w.-]+|[0-9a-f]*:[0-9a-f]*:[0-9a-f:.]*(%\w+)?", "a name, or an address such as ::1"
+)
 milliseconds = functools.partial(number, unit=1 / 1000)
 
 
@@ -2211,18 +2201,11 @@ def check_model(model: Model, earlier: list[Model], settings: Settings) -> None:
             raise ConfigError(f"set: {found}, expected another name")
 
 
-def masked(value: object) -> object:
-    """Without the texts in it, which may be keys."""
-    if isinstance(value, dict):
-        return {name: masked(each) for name, each in value.items()}
-    if isinstance(value, list):
-        return [masked(each) for each in value]
-    return "..." if isinstance(value, str) else value
-
-
-def shown(value: object) -> str:
-    """A value as JSON, without a password in an address, cut to what fits into a line."""
+def shown(value: object, is_secret: bool = False) -> str:
+    """A value as JSON, without what may be a password or key, cut to what fits into a line."""
     line = re.sub('(?<=//)[^/@":]*:[^/@"]+@', "...@", json.dumps(value))
+    if is_secret:  # then names are shown alone
+        line = re.sub(r'"(?:\\.|[^"\\])*"(:?)', lambda text: text[0] if text[1] else '"..."', line)
     return line if len(line) <= 80 else line[:80] + "…"
 
 
