@@ -85,7 +85,7 @@ PRIORITY, DEFAULT, FLEX = range(3)  # tiers, by the request's service_tier; the 
 
 MEMORY = 60.0  # seconds for which a set keeps its place at most after its last waiter has left
 ANTICIPATION = 0.5  # seconds for which a new request for another set may find an idle set stay
-PATIENCE = 8.0  # times the longest wait in its last turn, a set lets another's turn last
+PATIENCE = 8.0  # a set lets another's turn last for so many times the longest wait in its own
 
 
 @dataclass(eq=False)
@@ -95,7 +95,7 @@ class Ticket:
     model: str
     arrived: float
     tier: int = DEFAULT
-    granted: float | None = None
+    granted: float | None = None  # one who comes with a time had a turn already, in vain
     turn: asyncio.Future[None] | None = None  # what its handler awaits
     swapping: float = 0.0  # seconds of its wait that went into swaps
     id: str = ""  # in the log, and x-request-id
@@ -137,7 +137,7 @@ class Schedule:
         self.in_flight: set[Ticket] = set()
         self.loaded: str | None = None  # the set that owns the memory
         self.loaded_at = 0.0
-        self.queued = 0.0  # since loaded_at, the longest wait of a ticket of the loaded set
+        self.longest_wait = 0.0  # since loaded_at, of a ticket of the loaded set
         # Set -> seconds from "admit no more" to ready; the last one counts half.
         self.cost: dict[str, float] = {}
         self.waiting_since: dict[str, float] = {}  # set that is not loaded -> when its wait began
@@ -180,16 +180,17 @@ class Schedule:
         """Nothing is loaded any more: a swap begins, the memory is freed, a backend has died."""
         if self.loaded is None:
             return
+        # It had others wait, and its own tickets: by the less of both it will be patient itself.
         others = [ticket for ticket in self.heads() if self.set_of[ticket.model] != self.loaded]
-        awaited = now - min(map(self.waits_since, others), default=now)
-        self.patient_until[self.loaded] = now + PATIENCE * min(awaited, self.queued)
+        made_wait = now - min(map(self.waits_since, others), default=now)
+        self.patient_until[self.loaded] = now + PATIENCE * min(made_wait, self.longest_wait)
         if self.depth(self.loaded):
             self.waiting_since[self.loaded] = now
         self.loaded = None
 
     def load(self, name: str, now: float, cost: float | None = None) -> None:
         """This set is ready; cost is the time from "admit no more", None if nobody measured."""
-        self.loaded, self.loaded_at, self.queued = name, now, 0.0
+        self.loaded, self.loaded_at, self.longest_wait = name, now, 0.0
         self.waiting_since.pop(name, None)
         self.forget_at.pop(name, None)
         self.draining_since = None
@@ -208,7 +209,7 @@ class Schedule:
             self._dequeue(ticket)
             self.in_flight.add(ticket)
             ticket.granted = now
-            self.queued = max(self.queued, now - max(ticket.arrived, self.loaded_at))
+            self.longest_wait = max(self.longest_wait, now - max(ticket.arrived, self.loaded_at))
             granted.append(ticket)
         if self.decision.swap_to is None:
             self.draining_since = None
@@ -271,23 +272,23 @@ def decide(schedule: Schedule, now: float) -> Decision:
     if not schedule.queues:
         return NOTHING
     loaded, queue = schedule.loaded, schedule.heads()
-    own = [ticket for ticket in queue if schedule.set_of[ticket.model] == loaded]
+    favoured = [ticket for ticket in queue if schedule.set_of[ticket.model] == loaded]
     others = [ticket for ticket in queue if schedule.set_of[ticket.model] != loaded]
-    ready = [ticket.model for ticket in own if schedule.has_slot(ticket)]
+    ready = [ticket.model for ticket in favoured if schedule.has_slot(ticket)]
     oldest = take_next(queue, ready)
     serve = oldest if ready else None
     if oldest is None or not others:
         return Decision(serve)
     if not schedule.turn:  # plain greed
-        return Decision(serve) if own else Decision(swap_to=schedule.set_of[oldest.model])
+        return Decision(serve) if favoured else Decision(swap_to=schedule.set_of[oldest.model])
 
     # Next is the set that has waited longest, not that of the oldest ticket: its wait begins anew
     # when it is unloaded. Else a set with a long queue would come back each time.
     head = min(others, key=schedule.waits_since)
     swap = Decision(swap_to=schedule.set_of[head.model])
-    if loaded is None or now >= turn_ends(schedule, own, others, head):
+    if loaded is None or now >= turn_ends(schedule, favoured, others, head):
         return swap
-    if own:
+    if favoured:
         return Decision(serve)
     if head.tier == PRIORITY:
         return swap
@@ -297,7 +298,9 @@ def decide(schedule: Schedule, now: float) -> Decision:
     return Decision(until=until) if now < until else swap
 
 
-def turn_ends(schedule: Schedule, own: list[Ticket], others: list[Ticket], head: Ticket) -> float:
+def turn_ends(
+    schedule: Schedule, favoured: list[Ticket], others: list[Ticket], head: Ticket
+) -> float:
     """When the turn of what is loaded is over; head is the oldest ticket of the set that is next.
 
     The clock runs only while another set waits. A turn lasts MAX_TURN_MS and two round trips, or
@@ -307,7 +310,7 @@ def turn_ends(schedule: Schedule, own: list[Ticket], others: list[Ticket], head:
     """
     contested_since = max(schedule.loaded_at, schedule.waits_since(head))
     begins = contested_since + 2 * schedule.trip(head)
-    if own and own[0].arrived < begins + schedule.turn:
+    if favoured and favoured[0].arrived < begins + schedule.turn:
         patience = min(schedule.patience(ticket) for ticket in others)
         return begins + max(schedule.turn, patience)
     return begins + schedule.turn
@@ -424,7 +427,11 @@ class Worker:
             del self.failures[name]
 
     def advance(self) -> None:
-        """After any change: grant the turns that there are now, and note what is left to do."""
+        """After any change: grant the turns that there are now, and note what is left to do.
+
+        While a check or an unload holds the turns back, the schedule's decision is an old one;
+        whoever has the lock acts first, and comes here again when it lets go.
+        """
         now = clock()
         schedule = self.schedule
         if not self.holds:
@@ -564,8 +571,8 @@ class Worker:
                 if self.loading.cancelled():
                     raise SwapAbandoned
                 if not self.loading.done():
-                    what, detail = self.stage
-                    why = f"{what} after {timeout:g} s{detail}"
+                    stage, detail = self.stage
+                    why = f"{stage} after {timeout:g} s{detail}"
                     raise SwapFailed(why, stderr=script.last_line())
                 self.loading.result()
             except (SwapFailed, SwapAbandoned):
@@ -801,8 +808,8 @@ class Script(contextlib.AbstractContextManager["Script"]):
         """Wait until it has ended well. Raises SwapFailed."""
         code = await self.wait(timeout)
         if code:
-            how = f"exited with code {code}" if code > 0 else f"was killed by signal {-code}"
-            raise SwapFailed(f"the script {how}", code=code, stderr=self.last_line())
+            ending = f"exited with code {code}" if code > 0 else f"was killed by signal {-code}"
+            raise SwapFailed(f"the script {ending}", code=code, stderr=self.last_line())
 
     async def stop(self) -> None:
         """If it runs, send its process group SIGTERM, and two seconds later SIGKILL to the rest."""
@@ -858,8 +865,8 @@ LIMITS: dict[str, Any] = {  # of a head, on both sides; bytes, and a number of h
 class BackendError(Exception):
     """A backend has failed, in words fit for a client. status is 502 or 504."""
 
-    def __init__(self, status: int, what: str, sent: bool = True) -> None:
-        super().__init__(what)
+    def __init__(self, status: int, text: str, sent: bool = True) -> None:
+        super().__init__(text)
         self.status = status
         self.sent = sent  # False: no byte of the request has left
 
@@ -953,7 +960,7 @@ class Upstream(asyncio.Protocol):
         self.body: aiohttp.StreamReader | None = None
         self.failure: BackendError | None = None
         self.waiter: asyncio.Future[None] | None = None
-        self.timeout = 0.0  # seconds for which the backend may be silent; 0: nobody asks
+        self.timeout = 0.0  # seconds for which the backend may be silent; 0: it is idle
         self.deadline = 0.0  # on the loop's clock, of who waits or of its idleness
         self.timer: asyncio.TimerHandle | None = None  # looks at the deadline
         self.on_probation = False  # idle after a stream: will the backend close it?
@@ -968,7 +975,7 @@ class Upstream(asyncio.Protocol):
         assert self.transport
         self.timeout = timeout
         self.deadline = self.loop.time() + timeout
-        self.look_at(self.deadline)
+        self.set_timer(self.deadline)
         self.transport.write(request + body[:BUFFER])
         if len(body) > BUFFER:
             self.rest = memoryview(body)[BUFFER:]
@@ -1016,7 +1023,7 @@ class Upstream(asyncio.Protocol):
             streamed = not sized and head.code not in (204, 304)
             self.on_probation = streamed and not self.idle.keeps_after_streams
             self.deadline = self.loop.time() + KEEP_FOR
-            self.look_at(self.deadline)
+            self.set_timer(self.deadline)
             self.head = self.body = None
             self.timeout = 0.0
             self.idle.append(self)
@@ -1037,7 +1044,7 @@ class Upstream(asyncio.Protocol):
         if self.timer:
             self.timer.cancel()
 
-    def look_at(self, when: float) -> None:
+    def set_timer(self, when: float) -> None:
         """Check the deadline then at the latest. A timer that fires too early does no harm."""
         if self.timer is None or self.timer.when() > when:
             if self.timer:
@@ -1086,15 +1093,15 @@ class Upstream(asyncio.Protocol):
         self.timer = None
         now = self.loop.time()
         if now < self.deadline:
-            self.look_at(self.deadline)
+            self.set_timer(self.deadline)
         elif not self.timeout:
             if self.on_probation and not self.unread.poll(0):
                 self.idle.keeps_after_streams = True
             self.close()
         elif self.waiter and not self.waiter.done() and not self.unread.poll(0):
             self.fail(BackendError(504, f"was silent for {self.timeout:g} s"))
-        else:  # the client does not read, or the machine was asleep and an answer is to be read
-            self.look_at(now + 0.1)
+        else:  # the client does not read; or the machine slept, and the answer is in the socket
+            self.set_timer(now + 0.1)
 
     def fail(self, failure: BackendError) -> None:
         """Close it. The first failure counts."""
@@ -1214,7 +1221,13 @@ SHUTTING_DOWN = functools.partial(ApiError, 503, "jano shuts down", "shutting_do
 
 @dataclass(eq=False)
 class Call(Ticket):
-    """A request from its arrival to its end; for the policy it is a ticket like any other."""
+    """A request from its arrival to its end; for the policy it is a ticket like any other.
+
+    nothing sent ──beat──▶ heartbeats ──begin_answer──▶ relaying ──settle──▶ over
+
+    Without heartbeats begin_answer is the first step. An error is a response of its own where
+    nothing was sent, an event behind heartbeats, and a broken connection within an answer.
+    """
 
     _: KW_ONLY
     jano: Jano
@@ -1458,8 +1471,8 @@ class Jano:
                 # DNS rebinding: a web page's own name that points at 127.0.0.1 now.
                 text = f"unknown Host {shown(host)}, see JANO_ALLOWED_HOSTS"
                 raise ApiError(403, text, "host_not_allowed")
-        own = {f"http://{host}".lower(), f"https://{host}".lower()} if origin else ()
-        if origin and origin.lower() not in own and not self.cors_headers(request):
+        same_origin = {f"http://{host}".lower(), f"https://{host}".lower()} if origin else ()
+        if origin and origin.lower() not in same_origin and not self.cors_headers(request):
             text = f"unknown Origin {shown(origin)}, see JANO_CORS_ORIGINS"
             raise ApiError(403, text, "origin_not_allowed")
         open_to_all = request.method == "OPTIONS" or request.path in HEALTH_ROUTES
@@ -1495,8 +1508,8 @@ class Jano:
         """Jano's own routes, or else a backend. Raises ApiError."""
         method = "GET" if request.method == "HEAD" else request.method
         path = request.path
-        own = "/v1/models/" if path.startswith("/v1/models/") else path
-        allowed, handler = self.routes.get(own, ("POST", None))
+        route = "/v1/models/" if path.startswith("/v1/models/") else path
+        allowed, handler = self.routes.get(route, ("POST", None))
         if method == "OPTIONS":  # before a page of another origin may ask (Fetch standard, 3.2)
             asked = request.headers.get("Access-Control-Request-Headers", "*")
             headers = {"Access-Control-Allow-Headers": asked, "Access-Control-Max-Age": "600"}
@@ -1826,10 +1839,10 @@ OLLAMA_DETAILS = {"format": "gguf", "family": "jano", "families": ["jano"]} | di
 @functools.lru_cache(100)
 def host_name(host: str) -> str:
     """A Host header without its port, and an IPv6 address without its brackets; "" if it is bad."""
-    found = re.fullmatch(
+    match = re.fullmatch(
         r"(?:\[([0-9a-f:.]+)\]|([^.:\[\]\s/*@][^:\[\]\s/*@]*))(?::[0-9]*)?", host.lower()
     )
-    return (found[1] or found[2]) if found else ""
+    return (match[1] or match[2]) if match else ""
 
 
 def bare(route: str) -> str:
@@ -1871,8 +1884,8 @@ def form_model(content_type: str, body: bytes) -> slice | None:
     Raises ApiError 400 unless it is one whole form with one model at most: what somebody else might
     read otherwise is not passed on.
     """
-    found = re.search(r'boundary=(?:"([^"]+)"|([^\s;"]+))', content_type, re.IGNORECASE)
-    line = b"--" + os.fsencode((found[1] or found[2]) if found else "")
+    match = re.search(r'boundary=(?:"([^"]+)"|([^\s;"]+))', content_type, re.IGNORECASE)
+    line = b"--" + os.fsencode((match[1] or match[2]) if match else "")
     at = len(line) if body.startswith(line) else len(body)
     models: list[slice] = []
     for _ in range(MAX_PARTS):
@@ -2089,11 +2102,11 @@ def load_settings(environ: Mapping[str, str]) -> Settings:
     values: dict[str, Any] = {}
     for each in fields(Settings):
         name = each.metadata["variable"]
-        found = environ.get(name) or dotenv.get(name) or each.metadata["default"]
-        if found is None:
+        text = environ.get(name) or dotenv.get(name) or each.metadata["default"]
+        if text is None:
             raise ConfigError(f"{name}: not set, expected {SCRIPT.expected}, in {os.getcwd()}/.env")
         where = "environment" if environ.get(name) else ".env"
-        values[each.name] = each.metadata["kind"].read(f"{where}: {name}", found)
+        values[each.name] = each.metadata["kind"].read(f"{where}: {name}", text)
     return Settings(**values)
 
 
@@ -2106,14 +2119,14 @@ def read_dotenv(file: Path) -> dict[str, str]:
     except (OSError, ValueError) as error:
         raise ConfigError(f".env: found {why(error)}, expected KEY=value lines") from None
     for index, line in enumerate(lines, 1):
-        found = re.match(r"""\s*(?:export\s+)?(["']?)(\w+)(\s*=)?(.*)""", line)
-        if not found or found[2] not in known:
+        match = re.match(r"""\s*(?:export\s+)?(["']?)(\w+)(\s*=)?(.*)""", line)
+        if not match or match[2] not in known:
             continue
-        if found[1] or not found[3]:
-            raise ConfigError(f".env: line {index}: found {found[2]} without =, expected KEY=value")
-        value = found[4].strip()
+        if match[1] or not match[3]:
+            raise ConfigError(f".env: line {index}: found {match[2]} without =, expected KEY=value")
+        value = match[4].strip()
         quoted = re.fullmatch(r"""(["'])((?:(?!\1).)*)\1(\s+#.*)?""", value)
-        values[found[2]] = quoted[2] if quoted else re.sub(r"(^|\s+)#.*", "", value)
+        values[match[2]] = quoted[2] if quoted else re.sub(r"(^|\s+)#.*", "", value)
     return values
 
 
@@ -2317,20 +2330,20 @@ class Excerpt:
         """As /usage has them; None where the backend does not say."""
         del self.text[self.KEEP : -self.KEEP]  # nothing, if the answer was short
         tokens = dict(NO_TOKENS)
-        found: dict[bytes, float] = {}  # the last of a name counts, as streams add up
+        numbers: dict[bytes, float] = {}  # the last of a name counts, as streams add up
         starts = [at for at in map(self.text.find, self.HINTS) if at >= 0]
         if starts:  # as the pattern is slow
             for name, digits in self.NUMBER.findall(self.text, min(starts)):
                 if float(digits) < 1e15:
-                    found[bytes(name)] = float(digits)
+                    numbers[bytes(name)] = float(digits)
         for name, meaning in MEANINGS.items():
-            if name in found:
-                tokens[meaning] = int(found[name])
+            if name in numbers:
+                tokens[meaning] = int(numbers[name])
         for rate, count, duration, meaning in RATES:
-            if found.get(duration):
-                found.setdefault(rate, found.get(count, 0) / found[duration] * 1e9)
-            if rate in found:
-                tokens[meaning] = round(found[rate], 1)
+            if numbers.get(duration):
+                numbers.setdefault(rate, numbers.get(count, 0) / numbers[duration] * 1e9)
+            if rate in numbers:
+                tokens[meaning] = round(numbers[rate], 1)
         return tokens
 
 
@@ -2441,18 +2454,18 @@ class Telemetry:
 
 def status(jano: Jano) -> dict[str, Any]:
     """The payload of /health and /status."""
-    now, told, models = clock(), jano.telemetry, jano.models
+    now, telemetry, models = clock(), jano.telemetry, jano.models
     active = [call for call in jano.calls if call.status is None]
     waiting = [call for call in active if not call.running]
     queued = Counter(call.model for call in waiting)
     swapped = [model.group for model in models.values() if not model.passthrough]
     groups = {group: group_status(jano, group) for group in dict.fromkeys(swapped)}
     served = Counter(dict.fromkeys(models, 0))
-    for (model, code), count in told.requests.items():
+    for (model, code), count in telemetry.requests.items():
         served[model] += count if 200 <= code < 300 else 0
-    swaps = told.swaps.total()
-    avoided = max(0, told.naive_swaps.total() - swaps - told.swap_failures.total())
-    took = [swap["ms"] for swap in told.recent_swaps if swap["ok"]]
+    swaps = telemetry.swaps.total()
+    avoided = max(0, telemetry.naive_swaps.total() - swaps - telemetry.swap_failures.total())
+    took = [swap["ms"] for swap in telemetry.recent_swaps if swap["ok"]]
     return {
         "ok": not any(worker.refusal for worker in jano.workers.values()),
         **next(iter(groups.values())),
@@ -2461,18 +2474,20 @@ def status(jano: Jano) -> dict[str, Any]:
         "queueByModel": {model: queued[model] for model in models},
         "oldestWaitingMs": ms(now - waiting[0].arrived) if waiting else 0,
         "lastSwapDurationMs": took[-1] if took else None,
-        "recentSwaps": list(told.recent_swaps),
+        "recentSwaps": list(telemetry.recent_swaps),
         "swapsTotal": swaps,
         "swapsAvoided": avoided,
-        "swapTimeSavedMs": ms(avoided * told.swap_seconds / swaps) if swaps else None,
-        "tokSByModel": {name: round(sum(last) / len(last), 1) for name, last in told.rates.items()},
-        "uptimeSeconds": int(time.time() - told.started),
+        "swapTimeSavedMs": ms(avoided * telemetry.swap_seconds / swaps) if swaps else None,
+        "tokSByModel": {
+            name: round(sum(last) / len(last), 1) for name, last in telemetry.rates.items()
+        },
+        "uptimeSeconds": int(time.time() - telemetry.started),
         "requestsServedTotal": served.total(),
         "requestsByModel": served,
-        "tokensGeneratedTotal": told.tokens.total(),
-        "tokensByModel": {model: told.tokens[model] for model in models},
-        "lastError": told.last_error,
-        "backendHealth": {model: told.health.get(model, "unknown") for model in models},
+        "tokensGeneratedTotal": telemetry.tokens.total(),
+        "tokensByModel": {model: telemetry.tokens[model] for model in models},
+        "lastError": telemetry.last_error,
+        "backendHealth": {model: telemetry.health.get(model, "unknown") for model in models},
         "active": [call_status(call, now) for call in active[:200]],
         **({"groups": groups} if len(groups) > 1 else {}),
     }
@@ -2503,31 +2518,35 @@ def group_status(jano: Jano, group: str) -> dict[str, Any]:
 
 def metrics(jano: Jano) -> str:
     """status, and what it leaves out, as Prometheus text (exposition format 0.0.4)."""
-    told, now = jano.telemetry, status(jano)
+    telemetry, now = jano.telemetry, status(jano)
     loaded = {model.name: int(jano.state_of(model) == "loaded") for model in jano.models.values()}
     up = {model: int(state == "up") for model, state in now["backendHealth"].items()}
     saved = {} if now["swapTimeSavedMs"] is None else {(): now["swapTimeSavedMs"] / 1000}
-    uptime = {(): time.time() - told.started}
+    uptime = {(): time.time() - telemetry.started}
     lines = [
         *family("uptime_seconds", "gauge", "Since the start.", uptime),
         *family("in_flight", "gauge", "Requests at a backend.", {(): now["inFlight"]}),
         *family("model_loaded model", "gauge", "1: it is loaded.", loaded),
         *family("queue_depth model", "gauge", "Requests that wait.", now["queueByModel"]),
-        *family("requests_total model status", "counter", "Requests that are over.", told.requests),
-        *family("tokens_generated_total model", "counter", "Tokens of answers.", told.tokens),
-        *family("prompt_tokens_total model", "counter", "Tokens of prompts.", told.prompt_tokens),
+        *family(
+            "requests_total model status", "counter", "Requests that are over.", telemetry.requests
+        ),
+        *family("tokens_generated_total model", "counter", "Tokens of answers.", telemetry.tokens),
+        *family(
+            "prompt_tokens_total model", "counter", "Tokens of prompts.", telemetry.prompt_tokens
+        ),
         *family("generation_tokens_per_second model", "gauge", "Lately.", now["tokSByModel"]),
-        *family("swaps_total from to", "counter", "Swaps made.", told.swaps),
-        *family("swap_failures_total model", "counter", "Swaps failed.", told.swap_failures),
+        *family("swaps_total from to", "counter", "Swaps made.", telemetry.swaps),
+        *family("swap_failures_total model", "counter", "Swaps failed.", telemetry.swap_failures),
         *family("swaps_avoided", "gauge", "By the queue.", {(): now["swapsAvoided"]}),
         *family("swap_time_saved_seconds", "gauge", "Avoided swaps times their mean.", saved),
         *family("backend_up model", "gauge", "1: it was fine when last heard of.", up),
         *family("swap_duration_seconds", "histogram", "From the script's start until ready.", {}),
     ]
-    for bound, count in zip((*BUCKETS, "+Inf"), accumulate(told.swap_buckets)):
+    for bound, count in zip((*BUCKETS, "+Inf"), accumulate(telemetry.swap_buckets)):
         lines.append(f'jano_swap_duration_seconds_bucket{{le="{bound}"}} {count}')
-    lines.append(f"jano_swap_duration_seconds_sum {told.swap_seconds}")
-    lines.append(f"jano_swap_duration_seconds_count {sum(told.swap_buckets)}")
+    lines.append(f"jano_swap_duration_seconds_sum {telemetry.swap_seconds}")
+    lines.append(f"jano_swap_duration_seconds_count {sum(telemetry.swap_buckets)}")
     return "\n".join(lines) + "\n"
 
 
@@ -2745,12 +2764,12 @@ async def run(settings: Settings, models: list[Model]) -> int:
 def known_hosts(settings: Settings, addresses: set[str]) -> set[str]:
     """What a Host header may name while jano listens on loopback; anything (empty) beyond it.
 
-    By the addresses: 0x7f.1, 0:0:0:0:0:0:0:1 and often the machine's own name are loopback, too.
+    By the addresses: 0x7f.1, 0:0:0:0:0:0:0:1 and often the machine's hosts name are loopback, too.
     """
     if not all(address == "::1" or address.startswith("127.") for address in addresses):
         return set()
-    own = LOOPBACK | addresses | {settings.host.lower(), socket.gethostname().lower()}
-    return (own | {*settings.allowed_hosts}) - {""}
+    hosts = LOOPBACK | addresses | {settings.host.lower(), socket.gethostname().lower()}
+    return (hosts | {*settings.allowed_hosts}) - {""}
 
 
 def on_signal(jano: Jano, stop: asyncio.Event, number: signal.Signals) -> None:
