@@ -2806,13 +2806,21 @@ async def explain_port(settings: Settings, error: Exception) -> int:
 
 
 class LibraryLog(logging.Handler):
-    """The complaints of aiohttp and asyncio, without the bytes that they quote."""
+    """The complaints of aiohttp and asyncio, without the bytes that they quote.
+
+    One a second of the same place: without a free file, asyncio complains a thousand times.
+    """
+
+    last = ("", 0)
 
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info[1] if record.exc_info else None
-        if not isinstance(error, web.RequestPayloadError):  # a client's fault, and refused
-            place = kind_of(error) if error else f"{record.module}:{record.lineno}"
+        place = kind_of(error) if error else f"{record.module}:{record.lineno}"
+        this = (place, int(record.created))
+        # RequestPayloadError is a client's fault, and refused.
+        if this != self.last and not isinstance(error, web.RequestPayloadError):
             log("warn", "complaint of a library", library=record.name, error=place)
+        self.last = this
 
 
 def raise_file_limit() -> None:
