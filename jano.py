@@ -2070,6 +2070,10 @@ class Settings:
     usage_records_max: int = option(number(1), "500", "USAGE_RECORDS_MAX")
     shutdown_timeout: float = option(milliseconds(0), "30000", "SHUTDOWN_TIMEOUT_MS")
 
+    def netloc(self, port: int) -> str:
+        """Host and port, as they stand in an address."""
+        return f"[{self.host}]:{port}" if ":" in self.host else f"{self.host}:{port}"
+
 
 @dataclass(frozen=True, eq=False)
 class Model:
@@ -2622,7 +2626,7 @@ def timeline(jano: Jano, now: dict[str, Any]) -> str:
     entries = [*now["active"][:30], *islice(reversed(jano.telemetry.records), 60)][:60]
     if not entries:
         ask = {"model": next(iter(jano.models)), "messages": [{"role": "user", "content": "Hi"}]}
-        return f"""<p><code>curl http://{jano.settings.host}:{jano.port}/v1/chat/completions --json
+        return f"""<p><code>curl http://{jano.settings.netloc(jano.port)}/v1/chat/completions --json
 {escape(shlex.quote(json.dumps(ask)))}</code>"""
     for worker in filter(attrgetter("swapping"), jano.workers.values()):
         took = ms(clock() - worker.swap_began)
@@ -2789,8 +2793,7 @@ def on_signal(jano: Jano, stop: asyncio.Event, number: signal.Signals) -> None:
 
 async def explain_port(settings: Settings, error: Exception) -> int:
     """0 if another jano has the port: cron starts one every minute. Else 1."""
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    place = f"{host}:{settings.port}"  # 0.0.0.0 and :: reach this machine, too
+    place = settings.netloc(settings.port)  # 0.0.0.0 and :: reach this machine, too
     with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError, ValueError):
         limit = aiohttp.ClientTimeout(total=5)
         async with aiohttp.request("GET", f"http://{place}/health", timeout=limit) as answer:

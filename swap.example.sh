@@ -25,7 +25,8 @@ grace=10   # seconds between asking a server to stop and killing it
 
 # This folder has NAME.pid, NAME.log and NAME.log.1. Each group of models has its own folder: a swap
 # stops only servers of its group. By hand, for the group gpu1: JANO_GROUP=gpu1 ./swap.sh …
-dir=${SWAP_STATE_DIR:-${XDG_STATE_HOME:-$HOME/.local/state}/jano}/${JANO_GROUP:-default}
+group=${JANO_GROUP:-default}
+dir=${SWAP_STATE_DIR:-${XDG_STATE_HOME:-$HOME/.local/state}/jano}/${group//\//_}
 
 PATH=$PATH:/usr/sbin:$HOME/.local/bin:/usr/local/bin:/opt/homebrew/bin   # cron's is very short
 
@@ -36,6 +37,7 @@ file() { echo "$dir/${1//\//_}.$2"; }   # names like org/model are fine
 
 start() {
   local log; log=$(file "$1" log)
+  [ "${cmd[*]-}" ] || die "\"$1\" has no command in the table"
   refuse_taken_port "$1"
   mv -f "$log" "$log.1" 2>/dev/null
   set -m      # job control gives the server a process group of its own: it outlives us and jano
@@ -193,6 +195,7 @@ case $1 in
     wants=("${members[@]}")
     for name in "${wants[@]}"; do
       look_up "$name"
+      [ "${cmd[0]-}" != together ] || die "\"$1\": \"$name\" is itself a set"
       [ -z "${cmd[*]-}" ] || command -v "${cmd[0]}" >/dev/null ||
         die "\"$name\": command not found: ${cmd[0]}"
     done

@@ -5246,6 +5246,12 @@ async def test_loopback_knows_its_hosts_however_it_is_spelt(tmp_path: Path) -> N
         assert error_of(answer) == (403, "host_not_allowed")
 
 
+async def test_page_shows_an_ipv6_address_as_curl_takes_it(tmp_path: Path, chat: Backend) -> None:
+    async with running_jano(tmp_path, [entry(chat)], JANO_HOST="::1") as daemon:
+        daemon.url = f"http://[::1]:{daemon.port}"
+        assert f"curl {daemon.url}/v1" in await daemon.get("/")
+
+
 def basic(user: str, password: str) -> str:
     text = base64.b64encode(f"{user}:{password}".encode()).decode()
     return f"Authorization: Basic {text}"

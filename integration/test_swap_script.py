@@ -356,18 +356,24 @@ def test_machine_without_ps_is_told_what_is_missing(
 @pytest.mark.parametrize(
     ("word", "reason"),
     [
-        ("nobody", 'swap.sh: unknown model "nobody"; the table has: chat absent small'),
+        ("nobody", 'swap.sh: unknown model "nobody"; the table has: chat absent small all'),
         ("absent", 'swap.sh: "absent": command not found: no-such-server'),
-        ("small", 'swap.sh: unknown model "embed"; the table has: chat absent small'),
+        ("small", 'swap.sh: unknown model "embed"; the table has: chat absent small all'),
+        ("all", 'swap.sh: "all": "small" is itself a set'),
     ],
 )
 def test_name_that_cannot_be_started_costs_nothing(
     make: Callable[..., Swap], word: str, reason: str
 ) -> None:
-    swap = make(chat="SERVER", absent="no-such-server --port 1", small="together chat embed")
+    sets = {"small": "together chat embed", "all": "together chat small"}
+    swap = make(chat="SERVER", absent="no-such-server --port 1", **sets)
     swap("chat")
     assert swap(word) == (1, "", f"{reason}\n")
     assert swap("status").stdout == "chat: loaded\n"
+
+
+def test_row_without_a_command_is_a_fault_that_says_so(make: Callable[..., Swap]) -> None:
+    assert make(chat="")("chat").reason == 'swap.sh: "chat" has no command in the table'
 
 
 # --------------------------------------------------------------- swap.cuda-suspend.sh ----
