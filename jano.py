@@ -965,6 +965,7 @@ class Upstream(asyncio.Protocol):
         self.timer: asyncio.TimerHandle | None = None  # looks at the deadline
         self.on_probation = False  # idle after a stream: will the backend close it?
         self.rest = memoryview(b"")  # of a large body
+        self.sending: asyncio.Handle | None = None  # of its next piece
         self.unread = select.poll()  # whether there is something to read, or the end
 
     async def ask(self, request: bytes, body: bytes, timeout: float) -> RawResponseMessage:
@@ -1114,17 +1115,22 @@ class Upstream(asyncio.Protocol):
             self.waiter.set_result(None)
 
     def resume_writing(self) -> None:
-        """Hand the transport a piece of a large body once it has sent the last, as it makes a copy.
+        """Send a piece of a large body in the next turn of the loop.
 
-        One in a turn of the loop, or a TLS transport would never notice that it is cut off.
+        In pieces, as the transport makes a copy; one in a turn, as a TLS transport needs some turns
+        to notice that it is cut off, and complains of each piece meanwhile.
         """
+        if self.rest and self.sending is None:
+            self.sending = self.loop.call_soon(self.send_piece)
+
+    def send_piece(self) -> None:
+        self.sending = None
         transport = self.transport
-        if not self.rest or transport is None or transport.is_closing():
-            return
-        if transport.get_write_buffer_size() == 0:
-            piece, self.rest = self.rest[:BUFFER], self.rest[BUFFER:]
-            transport.write(piece)
-            self.loop.call_soon(self.resume_writing)
+        if transport is None or transport.is_closing() or transport.get_write_buffer_size():
+            return  # the transport calls resume_writing when it has sent all
+        piece, self.rest = self.rest[:BUFFER], self.rest[BUFFER:]
+        transport.write(piece)
+        self.resume_writing()
 
     def pause_reading(self) -> None:
         """Called by the reader that holds too much, because the client is slower."""
