@@ -95,7 +95,7 @@ class Ticket:
     model: str
     arrived: float
     tier: int = DEFAULT
-    granted: float | None = None  # one who comes with a time had a turn already, in vain
+    granted: float | None = None  # known on arrival: it had a turn already, in vain
     turn: asyncio.Future[None] | None = None  # what its handler awaits
     swapping: float = 0.0  # seconds of its wait that went into swaps
     id: str = ""  # in the log, and x-request-id
@@ -180,7 +180,7 @@ class Schedule:
         """Nothing is loaded any more: a swap begins, the memory is freed, a backend has died."""
         if self.loaded is None:
             return
-        # It had others wait, and its own tickets: by the less of both it will be patient itself.
+        # How long it made others wait, and its own tickets: its patience goes by the shorter time.
         others = [ticket for ticket in self.heads() if self.set_of[ticket.model] != self.loaded]
         made_wait = now - min(map(self.waits_since, others), default=now)
         self.patient_until[self.loaded] = now + PATIENCE * min(made_wait, self.longest_wait)
@@ -786,7 +786,7 @@ class Script(contextlib.AbstractContextManager["Script"]):
             self.loop.call_soon_threadsafe(self.exited.set_result, code)
 
     def signal(self, number: int) -> bool:
-        """Send it to the script's process group. Whether somebody of that was there."""
+        """Send it to the script's process group; returns whether that has a process."""
         try:
             os.killpg(self.process.pid, number)
         except (ProcessLookupError, PermissionError):
