@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,7 +31,7 @@ from string import Template
 import aiohttp
 import tools
 from aiohttp import web
-from tools import Bench, Client, Figure, Lost, cpu_seconds, free_port, one_shot, rss_mb, stream
+from tools import Bench, Client, Figure, cpu_seconds, free_port, one_shot, rss_mb, stream
 
 PYTHON = sys.executable
 CASES = {  # what is measured one by one, and the kinds of server that make a difference to it
@@ -82,11 +83,8 @@ class Target:
         self.port = port
         self.pid = pid
         self.client = Client(port)
-        self.rounds: dict[str, list[float]] = {}  # measure -> one value a round
+        self.rounds: dict[str, list[float]] = defaultdict(list)  # measure -> one value a round
         self.lost = 0  # requests that were not answered well
-
-    def note(self, measure: str, value: float) -> None:
-        self.rounds.setdefault(measure, []).append(value)
 
 
 def start_targets(
@@ -136,14 +134,16 @@ def measure(targets: Sequence[Target], quick: bool) -> None:
                 begin, cpu = time.monotonic(), cpu_seconds(target.pid)
                 done = asyncio.run(load(target, connections, 0.3 if quick else 0.7))
                 seconds, used = time.monotonic() - begin, cpu_seconds(target.pid) - cpu
-                target.note(f"requests/s, clients: {connections}", done / seconds)
-                target.note(f"CPU ms, clients: {connections}", used / done * 1000)
+                target.rounds[f"requests/s, clients: {connections}"].append(done / seconds)
+                target.rounds[f"CPU ms, clients: {connections}"].append(used / done * 1000)
         chunks = 3000 if quick else 10_000
         for target in targets:
             cpu = cpu_seconds(target.pid)
             _, seconds = target.client.ask(stream(chunks=chunks))
-            target.note("chunks/s", chunks / seconds)
-            target.note("CPU ms, 1,000 chunks", (cpu_seconds(target.pid) - cpu) / chunks * 1e6)
+            target.rounds["chunks/s"].append(chunks / seconds)
+            target.rounds["CPU ms, 1,000 chunks"].append(
+                (cpu_seconds(target.pid) - cpu) / chunks * 1e6
+            )
 
 
 def one_by_one(targets: Sequence[Target], shape: str, server: str, count: int) -> None:
@@ -158,7 +158,7 @@ def one_by_one(targets: Sequence[Target], shape: str, server: str, count: int) -
             try:
                 first, whole = target.client.ask(request)
                 times[target].append(whole if shape == "one-shot" else first)
-            except Lost:
+            except ConnectionError:
                 target.lost += 1
                 target.client.connect()
         if server == "closing":
@@ -166,9 +166,9 @@ def one_by_one(targets: Sequence[Target], shape: str, server: str, count: int) -
     for target in targets:
         for percent in (50, 95):
             base, taken = (quantiles(times[one], n=100)[percent - 1] for one in (direct, target))
-            target.note(f"{shape} p{percent} added, ms, {server}", (taken - base) * 1000)
+            target.rounds[f"{shape} p{percent} added, ms, {server}"].append((taken - base) * 1000)
         used = cpu_seconds(target.pid) - cpu[target]
-        target.note(f"CPU ms, {shape}, {server}", used / count * 1000)
+        target.rounds[f"CPU ms, {shape}, {server}"].append(used / count * 1000)
 
 
 async def load(target: Target, connections: int, seconds: float, most: int = 10**9) -> int:
@@ -283,7 +283,7 @@ def ask_twice(client: Client, pause: float) -> int:
     for _ in range(2):
         try:
             client.ask(random.choice((one_shot(max_tokens=3), stream())))
-        except (Lost, OSError) as fault:
+        except ConnectionError as fault:
             print(f"lost: {fault!r}")
             lost += 1
             client.connect()
@@ -296,7 +296,7 @@ def ask_twice(client: Client, pause: float) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure what jano adds to a request.")
     parser.add_argument("--quick", action="store_true", help="half a minute, fewer targets")
-    parser.add_argument("--old", metavar="FILE", help="another jano.py")
+    parser.add_argument("--old", metavar="FILE", type=os.path.abspath, help="another jano.py")
     parser.add_argument("--ancestor", metavar="COMMAND")
     parser.add_argument("--llama-swap", metavar="BINARY")
     parser.add_argument("--reuse", nargs="*", metavar="COMMAND", help="only this: requests lost")
@@ -304,8 +304,6 @@ def main() -> int:
     options = parser.parse_args()
     if options.minimal:
         asyncio.run(serve_minimal(*options.minimal))
-    if options.old:
-        options.old = Path(options.old).resolve()  # processes are started in another folder
     figures = []
     if options.reuse is not None:
         idle = [f"{PYTHON} {tools.__file__} {{port}} --idle {seconds}" for seconds in (0, 1, 5)]

@@ -28,9 +28,7 @@ ANSWER = b"""{"id": "x", "object": "chat.completion", "choices": [{"index": 0, "
  {"role": "assistant", "content": "Jano."}, "finish_reason": "stop"}],
  "usage": {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12}}"""
 HEAD = b" 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n"
-STREAM_HEAD = (
-    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n"
-)
+STREAM_HEAD = b" 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n"
 EVENT = b'data: {"choices": [{"index": 0, "delta": {"content": " word"}}]}\n\n'
 LAST_CHUNK = b"0\r\n\r\n"
 LOADING = b"HTTP/1.1 503 Loading\r\nContent-Length: 0\r\n\r\n"
@@ -41,9 +39,8 @@ class Bench:
     """A temporary folder and the processes that work in it; none outlives it."""
 
     def __enter__(self) -> Bench:
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if hard != resource.RLIM_INFINITY and soft < hard:  # for thousands of connections
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # for thousands of connections
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         self.temporary = tempfile.TemporaryDirectory(prefix="jano-bench-")
         self.folder = Path(self.temporary.name)
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -115,10 +112,8 @@ def free_port() -> int:
 
 def cpu_seconds(pid: int) -> float:
     """CPU time that all threads of a process have used so far (Linux)."""
-    nanoseconds = 0
-    for thread in Path(f"/proc/{pid}/task").iterdir():
-        nanoseconds += int((thread / "schedstat").read_text().split()[0])
-    return nanoseconds / 1e9
+    threads = Path(f"/proc/{pid}/task").glob("*/schedstat")
+    return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9
 
 
 def rss_mb(pid: int) -> float:
@@ -128,10 +123,6 @@ def rss_mb(pid: int) -> float:
 
 
 # ------------------------------------------------------------------------- client and backend
-
-
-class Lost(Exception):
-    """A request got no 200, or no whole answer."""
 
 
 class Client:
@@ -148,7 +139,10 @@ class Client:
         self.readable.register(self.socket, select.POLLIN)
 
     def ask(self, request: bytes) -> tuple[float, float]:
-        """Seconds until the first byte of the answer's body, and until it is whole. Raises Lost."""
+        """Seconds until the first byte of the answer's body, and until it is whole.
+
+        Raises ConnectionError if there is no 200, or no whole answer.
+        """
         if self.readable.poll(0):  # between two answers that is the end of the connection
             self.connect()
         begin = time.perf_counter()
@@ -159,7 +153,7 @@ class Client:
         first = time.perf_counter() - begin
         head, _, body = data.partition(b"\r\n\r\n")
         if not head.startswith(b"HTTP/1.1 200 "):
-            raise Lost(data.decode(errors="replace"))
+            raise ConnectionError(data.decode(errors="replace"))
         length = head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0]
         while len(body) < int(length) if length else not body.endswith(LAST_CHUNK):
             body += self.receive()
@@ -168,7 +162,7 @@ class Client:
     def receive(self) -> bytes:
         data = self.socket.recv(2**18)
         if not data:
-            raise Lost("the connection was closed in the middle of an answer")
+            raise ConnectionError("the connection was closed in the middle of an answer")
         return data
 
 
@@ -219,14 +213,14 @@ class Backend(asyncio.Protocol):
         request = json.loads(body or b'{"server": "silent", "stream": false}')  # GET has no body
         server = request["server"]
         promise = KEEP_ALIVE if server in ("promising", "closing") else b""
+        version = b"HTTP/1.0" if self.idle == 0 else b"HTTP/1.1"
         if request["stream"] and self.idle != 0:
-            self.transport.write(STREAM_HEAD + promise + b"\r\n")
+            self.transport.write(version + STREAM_HEAD + promise + b"\r\n")
             self.streaming = asyncio.ensure_future(self.stream(request))
         elif server == "dying":
             self.transport.close()
         elif server != "mute":
             data = request.get("event", "").encode() or ANSWER
-            version = b"HTTP/1.0" if self.idle == 0 else b"HTTP/1.1"
             self.transport.write(version + HEAD % len(data) + promise + b"\r\n" + data)
             self.rest()
 
