@@ -3,14 +3,10 @@
     python bench/overhead.py [--quick] [--old FILE] [--ancestor COMMAND] [--llama-swap BINARY]
     python bench/overhead.py [--quick] --reuse [COMMAND …]
 
-RESULTS.md says what the rows and columns are. The machine's mood changes within seconds: so each
-round measures the targets in turn, one-shot requests even one by one, and a ratio is the median of
-the rounds' own ratios. Instructions, if valgrind is installed, do not depend on the mood.
-
---reuse asks whether Jano loses a request to a connection that its backend is about to close.
+RESULTS.md says what the rows and columns are, and what --reuse asks. The machine's mood changes
+within seconds: so each round measures the targets in turn, one-shot requests even one by one, and a
+ratio is the median of the rounds' own ratios.
 """
-
-from __future__ import annotations
 
 import argparse
 import asyncio
@@ -34,10 +30,9 @@ from aiohttp import web
 from tools import Bench, Client, Figure, cpu_seconds, free_port, one_shot, rss_mb, stream
 
 PYTHON = sys.executable
-CASES = {  # what is measured one by one, and the kinds of server that make a difference to it
-    "one-shot": ("silent", "promising"),
-    "first byte": ("silent", "promising", "closing"),
-}
+# What is measured request by request, with the kinds of server that make a difference to it.
+ONE_BY_ONE = [("one-shot", "silent"), ("one-shot", "promising")]
+ONE_BY_ONE += [("first byte", server) for server in ("silent", "promising", "closing")]
 PROXIES = {  # what stands before the name of the file made from proxies/NAME.conf
     "llama-swap": "-listen 127.0.0.1:$port -config",
     "nginx": "-c",
@@ -87,9 +82,7 @@ class Target:
         self.lost = 0  # requests that were not answered well
 
 
-def start_targets(
-    bench: Bench, options: argparse.Namespace, *valgrind: object
-) -> dict[str, Target]:
+def start_targets(bench: Bench, options: argparse.Namespace, *valgrind: str) -> dict[str, Target]:
     """Those that are at hand or asked for, by name; under valgrind the ones in Python alone."""
     backend, pid = bench.backend()
     port = free_port()
@@ -106,7 +99,7 @@ def start_targets(
     for name, command in commands.items():
         if command:
             models = [tools.model("m", backend, slots=10_000)]
-            targets.append(Target(name, *bench.jano(models, command=[*valgrind, *command])))
+            targets.append(Target(name, *bench.jano(models, "exit 0", *valgrind, *command)))
     for name, program in programs.items():
         if program:
             port = free_port()
@@ -126,9 +119,8 @@ def measure(targets: Sequence[Target], quick: bool) -> None:
     for target in targets:
         asyncio.run(load(target, 8, 60, 500))  # warm up
     for _ in range(3 if quick else 12):
-        for shape, servers in CASES.items():
-            for server in servers:
-                one_by_one(targets, shape, server, 100 if quick else 200)
+        for shape, server in ONE_BY_ONE:
+            one_by_one(targets, shape, server, 100 if quick else 200)
         for connections in (1, 8, 64):
             for target in targets:
                 begin, cpu = time.monotonic(), cpu_seconds(target.pid)
@@ -140,10 +132,15 @@ def measure(targets: Sequence[Target], quick: bool) -> None:
         for target in targets:
             cpu = cpu_seconds(target.pid)
             _, seconds = target.client.ask(stream(chunks=chunks))
+            used = cpu_seconds(target.pid) - cpu
             target.rounds["chunks/s"].append(chunks / seconds)
-            target.rounds["CPU ms, 1,000 chunks"].append(
-                (cpu_seconds(target.pid) - cpu) / chunks * 1e6
-            )
+            target.rounds["CPU ms, 1,000 chunks"].append(used / chunks * 1e6)
+    rows = []
+    for measure in targets[0].rounds:
+        values = {target.name: f"{median(target.rounds[measure]):.4g}" for target in targets}
+        rows.append({"": measure} | values)
+    rows.append({"": "requests lost"} | {target.name: str(target.lost) for target in targets})
+    tools.table("Medians of the rounds", rows)
 
 
 def one_by_one(targets: Sequence[Target], shape: str, server: str, count: int) -> None:
@@ -194,15 +191,6 @@ async def load(target: Target, connections: int, seconds: float, most: int = 10*
 
     await asyncio.gather(*(client() for _ in range(connections)))
     return done
-
-
-def print_measures(targets: Sequence[Target]) -> None:
-    rows = []
-    for measure in targets[0].rounds:
-        values = {target.name: f"{median(target.rounds[measure]):.4g}" for target in targets}
-        rows.append({"": measure} | values)
-    rows.append({"": "requests lost"} | {target.name: str(target.lost) for target in targets})
-    tools.table("Medians of the rounds", rows)
 
 
 def ratios(targets: dict[str, Target], quick: bool) -> list[Figure]:
@@ -290,9 +278,6 @@ def ask_twice(client: Client, pause: float) -> int:
     return lost
 
 
-# --------------------------------------------------------------------------------------- main
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure what jano adds to a request.")
     parser.add_argument("--quick", action="store_true", help="half a minute, fewer targets")
@@ -315,7 +300,6 @@ def main() -> int:
     with Bench() as bench:
         targets = start_targets(bench, options)
         measure(list(targets.values()), options.quick)
-        print_measures(list(targets.values()))
         figures += ratios(targets, options.quick)
         if not options.quick:
             figures += memory(targets["jano"])

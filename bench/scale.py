@@ -2,14 +2,8 @@
 
     python bench/scale.py [--quick]
 
-decision     Schedule alone: a ticket comes, is granted and leaves, while others wait
-arrival      CPU time of the process for one request more, while so many clients wait for a turn
-slow reader  a streamed answer read at a tenth of the possible speed: what piles up in Jano
-readiness    from the moment in which a new backend is ready to the first byte of its answer;
-             refused: it listens only then; 503: it listens at once, and /health says 503 until then
+RESULTS.md says what is measured.
 """
-
-from __future__ import annotations
 
 import argparse
 import json

@@ -7,8 +7,6 @@ a monkey kills, stalls, makes sick and restarts (FAULTS); the script, soak.sh, f
 die while they load. RESULTS.md says what is a violation.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import json
@@ -94,7 +92,7 @@ class Server(tools.Backend):
         live, sick = self.model in loaded(), Path(f"{self.model}.sick").exists()
         if head.startswith(b"GET"):
             status = 500 if sick else 200 if live else 503
-            asyncio.get_running_loop().call_later(self.health_seconds, self.say, status, "{}")
+            asyncio.get_running_loop().call_later(self.health_seconds, self.say, status, b"{}")
         else:
             nonce = head.partition(b"\r\nX-Nonce: ")[2].partition(b"\r\n")[0].decode()
             self.working = asyncio.ensure_future(self.work(nonce, body, live, sick))
@@ -109,16 +107,12 @@ class Server(tools.Backend):
         request = json.loads(body)
         await asyncio.sleep(request["silent"])
         if sick:
-            self.say(500, SICK)
+            self.say(500, SICK.encode())
         elif request["refusal"]:
-            self.say(400, json.dumps(request["refusal"]))
+            self.say(400, json.dumps(request["refusal"]).encode())
         else:
             event = {"event": event_for(nonce, request["size"], body)}
             super().answer(b"", json.dumps(request | event).encode())
-
-    def say(self, status: int, text: str) -> None:
-        head = f"HTTP/1.1 {status} Toy\r\nContent-Length: {len(text)}\r\n\r\n"
-        self.transport.write(head.encode() + text.encode())
 
 
 # -------------------------------------------------------------------------------------- clients
@@ -286,9 +280,6 @@ def judge(kind: str, right: str, status: int, text: str) -> tuple[str, Reach]:
     code = json.loads(last.removeprefix("data: ")).get("error", {}).get("code")
     assert code in ERRORS.get(status, ()), seen
     return f"{status} {code}", (0, 0 if code in NEVER_SENT else 1)
-
-
-# ----------------------------------------------------------------------------------------- main
 
 
 def report(soak: Soak) -> int:

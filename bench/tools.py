@@ -3,8 +3,6 @@
 python bench/tools.py PORT starts the Backend; its options are at the end.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import contextlib
@@ -19,26 +17,25 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 JANO = Path(__file__).resolve().parent.parent / "jano.py"
 ANSWER = b"""{"id": "x", "object": "chat.completion", "choices": [{"index": 0, "message":
  {"role": "assistant", "content": "Jano."}, "finish_reason": "stop"}],
  "usage": {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12}}"""
-HEAD = b" 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n"
+HEAD = b"HTTP/1.%d %d OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n%b\r\n"
 STREAM_HEAD = b" 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n"
 EVENT = b'data: {"choices": [{"index": 0, "delta": {"content": " word"}}]}\n\n'
 LAST_CHUNK = b"0\r\n\r\n"
-LOADING = b"HTTP/1.1 503 Loading\r\nContent-Length: 0\r\n\r\n"
 KEEP_ALIVE = b"Keep-Alive: timeout=5, max=100\r\n"
 
 
 class Bench:
     """A temporary folder and the processes that work in it; none outlives it."""
 
-    def __enter__(self) -> Bench:
+    def __enter__(self) -> Self:
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # for thousands of connections
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         self.temporary = tempfile.TemporaryDirectory(prefix="jano-bench-")
@@ -78,11 +75,7 @@ class Bench:
         return port, self.start(port, sys.executable, __file__, port)
 
     def jano(
-        self,
-        models: list[dict[str, Any]],
-        swap: str = "exit 0",
-        command: Sequence[object] = (sys.executable, JANO),
-        **settings: str,
+        self, models: list[dict[str, Any]], swap: str = "exit 0", *command: object, **settings: str
     ) -> tuple[int, int]:
         """Start a jano in front of `models`: its port and pid. `swap`: the text of its script."""
         port = free_port()
@@ -93,7 +86,7 @@ class Bench:
         settings["SWAP_COMMAND"] = shlex.quote(str(script))
         settings["MODELS_FILE"] = f"{port}.json"
         settings["JANO_PORT"] = str(port)
-        return port, self.start(port, *command, **settings)
+        return port, self.start(port, *(command or (sys.executable, JANO)), **settings)
 
 
 def model(name: str, port: int, **more: Any) -> dict[str, Any]:
@@ -167,13 +160,10 @@ class Client:
 
 
 class Backend(asyncio.Protocol):
-    """A raw model server that does what a request's JSON says: it is one of these servers.
+    """A raw model server that does what a request's JSON says. It is one of these servers:
 
-    silent     keeps connections as HTTP/1.1 does by default: uvicorn, hence vLLM; Go, hence Ollama
-    promising  says that it keeps them, and does
-    closing    says that it keeps them, and closes after each stream: llama-server
-    dying      closes them in the middle of the answer
-    mute       answers nothing but GET
+    silent, promising or closing, as RESULTS.md describes them; dying, if it closes the connection
+    in the middle of an answer; or mute, if it answers nothing but GET.
     """
 
     transport: asyncio.Transport
@@ -208,21 +198,23 @@ class Backend(asyncio.Protocol):
 
     def answer(self, head: bytes, body: bytes) -> None:
         if time.monotonic() < self.ready:
-            self.transport.write(LOADING)
+            self.say(503, b"")
             return
         request = json.loads(body or b'{"server": "silent", "stream": false}')  # GET has no body
         server = request["server"]
         promise = KEEP_ALIVE if server in ("promising", "closing") else b""
-        version = b"HTTP/1.0" if self.idle == 0 else b"HTTP/1.1"
         if request["stream"] and self.idle != 0:
-            self.transport.write(version + STREAM_HEAD + promise + b"\r\n")
+            self.transport.write(b"HTTP/1.1" + STREAM_HEAD + promise + b"\r\n")
             self.streaming = asyncio.ensure_future(self.stream(request))
         elif server == "dying":
             self.transport.close()
         elif server != "mute":
-            data = request.get("event", "").encode() or ANSWER
-            self.transport.write(version + HEAD % len(data) + promise + b"\r\n" + data)
+            self.say(200, request.get("event", "").encode() or ANSWER, promise)
             self.rest()
+
+    def say(self, status: int, data: bytes, promise: bytes = b"") -> None:
+        version = 0 if self.idle == 0 else 1
+        self.transport.write(HEAD % (version, status, len(data), promise) + data)
 
     async def stream(self, request: dict[str, Any]) -> None:
         data = request.get("event", "").encode() or EVENT * request["events"]
@@ -281,15 +273,13 @@ class Figure(NamedTuple):
     limit: float
 
 
-def promises(script: str, quick: bool) -> list[tuple[str, str, str, str, float]]:
+def promises(script: str, quick: bool) -> Iterator[tuple[str, str, str, str, float]]:
     """The script's lines of figures.csv: case, measure, times what, sign, limit."""
-    found = []
     for line in Path(__file__).with_name("figures.csv").read_text().splitlines():
         name, *fields = line.split(";")
         if name == script or (name == f"{script} full" and not quick):
             case, measure, other, sign, limit = fields
-            found.append((case, measure, other, sign, float(limit)))
-    return found
+            yield case, measure, other, sign, float(limit)
 
 
 def table(title: str, rows: list[dict[str, str]]) -> None:
