@@ -33,11 +33,6 @@ PYTHON = sys.executable
 # What is measured request by request, with the kinds of server that make a difference to it.
 ONE_BY_ONE = [("one-shot", "silent"), ("one-shot", "promising")]
 ONE_BY_ONE += [("first byte", server) for server in ("silent", "promising", "closing")]
-PROXIES = {  # what stands before the name of the file made from proxies/NAME.conf
-    "llama-swap": "-listen 127.0.0.1:$port -config",
-    "nginx": "-c",
-    "haproxy": "-db -f",
-}
 PAUSES = (0.5, 0.5, 0.5, 1, 1, 5)  # seconds; the short ones are the more dangerous
 HOP_BY_HOP = {"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "host"}
 
@@ -105,10 +100,11 @@ def start_targets(bench: Bench, options: argparse.Namespace, *valgrind: str) -> 
             port = free_port()
             fields = {"port": port, "backend": backend, "folder": bench.folder}
             text = Path(__file__).with_name("proxies").joinpath(f"{name}.conf").read_text()
+            text = Template(text).substitute(fields)
+            arguments, _, _ = text.removeprefix("# Started with: ").partition("\n")
             file = bench.folder / f"{name}.conf"
-            file.write_text(Template(text).substitute(fields))
-            arguments = Template(PROXIES[name]).substitute(fields).split()
-            targets.append(Target(name, port, bench.start(port, program, *arguments, file)))
+            file.write_text(text)
+            targets.append(Target(name, port, bench.start(port, program, *arguments.split(), file)))
     return {target.name: target for target in targets}
 
 
@@ -210,10 +206,9 @@ def memory(jano: Target) -> list[Figure]:
     early = rss_mb(jano.pid)
     asyncio.run(load(jano, 64, 600, 90_000))
     late = rss_mb(jano.pid)
-    return [
-        Figure("MB after 100,000 requests", late, "<=", 48),
-        Figure("MB after 100,000 requests, times that after 10,000", late / early, "<=", 1.03),
-    ]
+    what = "MB after 100,000 requests"
+    ratio = Figure(f"{what}, times that after 10,000", late / early, "<=", 1.03)
+    return [Figure(what, late, "<=", 48), ratio]
 
 
 def instructions(bench: Bench, options: argparse.Namespace) -> list[Figure]:
@@ -271,7 +266,7 @@ def ask_twice(client: Client, pause: float) -> int:
     for _ in range(2):
         try:
             client.ask(random.choice((one_shot(max_tokens=3), stream())))
-        except ConnectionError as fault:
+        except OSError as fault:
             print(f"lost: {fault!r}")
             lost += 1
             client.connect()

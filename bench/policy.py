@@ -93,10 +93,8 @@ class Run:
 
     def __init__(self, work: Work, policy: str = "jano") -> None:
         self.work = work
-        if policy == "jano":
-            self.schedule = Schedule(work.turn, work.linger)
-        else:
-            self.schedule = {"fifo": Fifo, "greedy": Schedule}[policy](0, 0)
+        turn, linger = (work.turn, work.linger) if policy == "jano" else (0, 0)
+        self.schedule = (Fifo if policy == "fifo" else Schedule)(turn, linger)
         self.schedule.slots = dict.fromkeys(work.load, work.slots)
         self.schedule.set_of = {model: model for model in work.load}
         if work.loaded:

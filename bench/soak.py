@@ -307,14 +307,14 @@ def main() -> int:
     if options.serve:
         signal.alarm(3600)  # if nobody else ends it
         Server.model = options.serve
-        asyncio.run(Server.serve(json.loads(Path("ports").read_text())[options.serve]))
+        asyncio.run(Server.serve(json.loads(os.environ["PORTS"])[options.serve]))
+    ports = {model: tools.free_port() for model in MODELS}
     os.environ |= {"SOAK": f"{sys.executable} {__file__}", "SEED": str(options.seed)}
+    os.environ["PORTS"] = json.dumps(ports)
     with tools.Bench() as bench:
         os.chdir(bench.folder)
         for file in ("reached", "strays", "swaps", "faults"):
             Path(file).touch()
-        ports = {model: tools.free_port() for model in MODELS}
-        Path("ports").write_text(json.dumps(ports))
         Path("loaded").write_text(f"talk {time.time() + 2}")  # jano finds it loading
         script("START", "chat")
         script("START", "embed")

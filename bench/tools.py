@@ -132,10 +132,7 @@ class Client:
         self.readable.register(self.socket, select.POLLIN)
 
     def ask(self, request: bytes) -> tuple[float, float]:
-        """Seconds until the first byte of the answer's body, and until it is whole.
-
-        Raises ConnectionError if there is no 200, or no whole answer.
-        """
+        """Seconds to the first byte of a 200's body, and to its end, else a ConnectionError."""
         if self.readable.poll(0):  # between two answers that is the end of the connection
             self.connect()
         begin = time.perf_counter()
