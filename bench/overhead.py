@@ -3,14 +3,10 @@
     python bench/overhead.py [--quick] [--old FILE] [--ancestor COMMAND] [--llama-swap BINARY]
     python bench/overhead.py [--quick] --reuse [COMMAND …]
 
-RESULTS.md says what the rows and columns are. The machine's mood changes within seconds: so each
-round measures the targets in turn, one-shot requests even one by one, and a ratio is the median of
-the rounds' own ratios. Instructions, if valgrind is installed, do not depend on the mood.
-
---reuse asks whether Jano loses a request to a connection that its backend is about to close.
+RESULTS.md says what the rows and columns are, and what --reuse asks. The machine's mood changes
+within seconds: so each round measures the targets in turn, one-shot requests even one by one, and a
+ratio is the median of the rounds' own ratios.
 """
-
-from __future__ import annotations
 
 import argparse
 import asyncio
@@ -21,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,18 +27,12 @@ from string import Template
 import aiohttp
 import tools
 from aiohttp import web
-from tools import Bench, Client, Figure, Lost, cpu_seconds, free_port, one_shot, rss_mb, stream
+from tools import Bench, Client, Figure, cpu_seconds, free_port, one_shot, rss_mb, stream
 
 PYTHON = sys.executable
-CASES = {  # what is measured one by one, and the kinds of server that make a difference to it
-    "one-shot": ("silent", "promising"),
-    "first byte": ("silent", "promising", "closing"),
-}
-PROXIES = {  # what stands before the name of the file made from proxies/NAME.conf
-    "llama-swap": "-listen 127.0.0.1:$port -config",
-    "nginx": "-c",
-    "haproxy": "-db -f",
-}
+# What is measured request by request, with the kinds of server that make a difference to it.
+ONE_BY_ONE = [("one-shot", "silent"), ("one-shot", "promising")]
+ONE_BY_ONE += [("first byte", server) for server in ("silent", "promising", "closing")]
 PAUSES = (0.5, 0.5, 0.5, 1, 1, 5)  # seconds; the short ones are the more dangerous
 HOP_BY_HOP = {"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "host"}
 
@@ -82,16 +73,11 @@ class Target:
         self.port = port
         self.pid = pid
         self.client = Client(port)
-        self.rounds: dict[str, list[float]] = {}  # measure -> one value a round
+        self.rounds: dict[str, list[float]] = defaultdict(list)  # measure -> one value a round
         self.lost = 0  # requests that were not answered well
 
-    def note(self, measure: str, value: float) -> None:
-        self.rounds.setdefault(measure, []).append(value)
 
-
-def start_targets(
-    bench: Bench, options: argparse.Namespace, *valgrind: object
-) -> dict[str, Target]:
+def start_targets(bench: Bench, options: argparse.Namespace, *valgrind: str) -> dict[str, Target]:
     """Those that are at hand or asked for, by name; under valgrind the ones in Python alone."""
     backend, pid = bench.backend()
     port = free_port()
@@ -108,16 +94,17 @@ def start_targets(
     for name, command in commands.items():
         if command:
             models = [tools.model("m", backend, slots=10_000)]
-            targets.append(Target(name, *bench.jano(models, command=[*valgrind, *command])))
+            targets.append(Target(name, *bench.jano(models, "exit 0", *valgrind, *command)))
     for name, program in programs.items():
         if program:
             port = free_port()
             fields = {"port": port, "backend": backend, "folder": bench.folder}
             text = Path(__file__).with_name("proxies").joinpath(f"{name}.conf").read_text()
+            text = Template(text).substitute(fields)
+            arguments, _, _ = text.removeprefix("# Started with: ").partition("\n")
             file = bench.folder / f"{name}.conf"
-            file.write_text(Template(text).substitute(fields))
-            arguments = Template(PROXIES[name]).substitute(fields).split()
-            targets.append(Target(name, port, bench.start(port, program, *arguments, file)))
+            file.write_text(text)
+            targets.append(Target(name, port, bench.start(port, program, *arguments.split(), file)))
     return {target.name: target for target in targets}
 
 
@@ -128,22 +115,28 @@ def measure(targets: Sequence[Target], quick: bool) -> None:
     for target in targets:
         asyncio.run(load(target, 8, 60, 500))  # warm up
     for _ in range(3 if quick else 12):
-        for shape, servers in CASES.items():
-            for server in servers:
-                one_by_one(targets, shape, server, 100 if quick else 200)
+        for shape, server in ONE_BY_ONE:
+            one_by_one(targets, shape, server, 100 if quick else 200)
         for connections in (1, 8, 64):
             for target in targets:
                 begin, cpu = time.monotonic(), cpu_seconds(target.pid)
                 done = asyncio.run(load(target, connections, 0.3 if quick else 0.7))
                 seconds, used = time.monotonic() - begin, cpu_seconds(target.pid) - cpu
-                target.note(f"requests/s, clients: {connections}", done / seconds)
-                target.note(f"CPU ms, clients: {connections}", used / done * 1000)
+                target.rounds[f"requests/s, clients: {connections}"].append(done / seconds)
+                target.rounds[f"CPU ms, clients: {connections}"].append(used / done * 1000)
         chunks = 3000 if quick else 10_000
         for target in targets:
             cpu = cpu_seconds(target.pid)
             _, seconds = target.client.ask(stream(chunks=chunks))
-            target.note("chunks/s", chunks / seconds)
-            target.note("CPU ms, 1,000 chunks", (cpu_seconds(target.pid) - cpu) / chunks * 1e6)
+            used = cpu_seconds(target.pid) - cpu
+            target.rounds["chunks/s"].append(chunks / seconds)
+            target.rounds["CPU ms, 1,000 chunks"].append(used / chunks * 1e6)
+    rows = []
+    for measure in targets[0].rounds:
+        values = {target.name: f"{median(target.rounds[measure]):.4g}" for target in targets}
+        rows.append({"": measure} | values)
+    rows.append({"": "requests lost"} | {target.name: str(target.lost) for target in targets})
+    tools.table("Medians of the rounds", rows)
 
 
 def one_by_one(targets: Sequence[Target], shape: str, server: str, count: int) -> None:
@@ -158,7 +151,7 @@ def one_by_one(targets: Sequence[Target], shape: str, server: str, count: int) -
             try:
                 first, whole = target.client.ask(request)
                 times[target].append(whole if shape == "one-shot" else first)
-            except Lost:
+            except ConnectionError:
                 target.lost += 1
                 target.client.connect()
         if server == "closing":
@@ -166,9 +159,9 @@ def one_by_one(targets: Sequence[Target], shape: str, server: str, count: int) -
     for target in targets:
         for percent in (50, 95):
             base, taken = (quantiles(times[one], n=100)[percent - 1] for one in (direct, target))
-            target.note(f"{shape} p{percent} added, ms, {server}", (taken - base) * 1000)
+            target.rounds[f"{shape} p{percent} added, ms, {server}"].append((taken - base) * 1000)
         used = cpu_seconds(target.pid) - cpu[target]
-        target.note(f"CPU ms, {shape}, {server}", used / count * 1000)
+        target.rounds[f"CPU ms, {shape}, {server}"].append(used / count * 1000)
 
 
 async def load(target: Target, connections: int, seconds: float, most: int = 10**9) -> int:
@@ -196,15 +189,6 @@ async def load(target: Target, connections: int, seconds: float, most: int = 10*
     return done
 
 
-def print_measures(targets: Sequence[Target]) -> None:
-    rows = []
-    for measure in targets[0].rounds:
-        values = {target.name: f"{median(target.rounds[measure]):.4g}" for target in targets}
-        rows.append({"": measure} | values)
-    rows.append({"": "requests lost"} | {target.name: str(target.lost) for target in targets})
-    tools.table("Medians of the rounds", rows)
-
-
 def ratios(targets: dict[str, Target], quick: bool) -> list[Figure]:
     """Three quick rounds are few: they check what noise touches least, and with some room."""
     figures = [Figure("requests lost", targets["jano"].lost, "<=", 0)]
@@ -222,10 +206,9 @@ def memory(jano: Target) -> list[Figure]:
     early = rss_mb(jano.pid)
     asyncio.run(load(jano, 64, 600, 90_000))
     late = rss_mb(jano.pid)
-    return [
-        Figure("MB after 100,000 requests", late, "<=", 48),
-        Figure("MB after 100,000 requests, times that after 10,000", late / early, "<=", 1.03),
-    ]
+    what = "MB after 100,000 requests"
+    ratio = Figure(f"{what}, times that after 10,000", late / early, "<=", 1.03)
+    return [Figure(what, late, "<=", 48), ratio]
 
 
 def instructions(bench: Bench, options: argparse.Namespace) -> list[Figure]:
@@ -283,20 +266,17 @@ def ask_twice(client: Client, pause: float) -> int:
     for _ in range(2):
         try:
             client.ask(random.choice((one_shot(max_tokens=3), stream())))
-        except (Lost, OSError) as fault:
+        except OSError as fault:
             print(f"lost: {fault!r}")
             lost += 1
             client.connect()
     return lost
 
 
-# --------------------------------------------------------------------------------------- main
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure what jano adds to a request.")
     parser.add_argument("--quick", action="store_true", help="half a minute, fewer targets")
-    parser.add_argument("--old", metavar="FILE", help="another jano.py")
+    parser.add_argument("--old", metavar="FILE", type=os.path.abspath, help="another jano.py")
     parser.add_argument("--ancestor", metavar="COMMAND")
     parser.add_argument("--llama-swap", metavar="BINARY")
     parser.add_argument("--reuse", nargs="*", metavar="COMMAND", help="only this: requests lost")
@@ -304,8 +284,6 @@ def main() -> int:
     options = parser.parse_args()
     if options.minimal:
         asyncio.run(serve_minimal(*options.minimal))
-    if options.old:
-        options.old = Path(options.old).resolve()  # processes are started in another folder
     figures = []
     if options.reuse is not None:
         idle = [f"{PYTHON} {tools.__file__} {{port}} --idle {seconds}" for seconds in (0, 1, 5)]
@@ -317,7 +295,6 @@ def main() -> int:
     with Bench() as bench:
         targets = start_targets(bench, options)
         measure(list(targets.values()), options.quick)
-        print_measures(list(targets.values()))
         figures += ratios(targets, options.quick)
         if not options.quick:
             figures += memory(targets["jano"])

@@ -2,14 +2,8 @@
 
     python bench/scale.py [--quick]
 
-decision     Schedule alone: a ticket comes, is granted and leaves, while others wait
-arrival      CPU time of the process for one request more, while so many clients wait for a turn
-slow reader  a streamed answer read at a tenth of the possible speed: what piles up in Jano
-readiness    from the moment in which a new backend is ready to the first byte of its answer;
-             refused: it listens only then; 503: it listens at once, and /health says 503 until then
+RESULTS.md says what is measured.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -40,7 +34,15 @@ def decision(bench: Bench, quick: bool) -> list[Figure]:
     rows = []
     figures = []
     for models in (2, 10, 50):
-        schedules = {waiting: crowded(waiting, models) for waiting in (10, 1000, 10_000)}
+        schedules = {}
+        for waiting in (10, 1000, 10_000):
+            schedules[waiting] = schedule = Schedule(turn=60, linger=5)
+            schedule.slots = {f"m{number}": 1 for number in range(models)}
+            schedule.set_of = {model: model for model in schedule.slots}
+            schedule.load("m0", 0.0)
+            for number in range(waiting):
+                arrived = number / waiting
+                schedule.arrive(Ticket(f"m{number % models}", arrived), arrived)
         rounds: dict[int, list[float]] = {waiting: [] for waiting in schedules}
         for _ in range(20 if quick else 100):
             for waiting, schedule in schedules.items():
@@ -59,17 +61,6 @@ def decision(bench: Bench, quick: bool) -> list[Figure]:
     table("A ticket comes, is granted and leaves: three decisions", rows)
     one = median(rounds[1000]) / 3
     return [*figures, Figure("decision, 50 models, 1,000 wait, µs", one, "<=", 100)]
-
-
-def crowded(waiting: int, models: int) -> Schedule:
-    """A schedule with so many waiting tickets, spread over the models; m0 is loaded."""
-    schedule = Schedule(turn=60, linger=5)
-    schedule.slots = {f"m{number}": 1 for number in range(models)}
-    schedule.set_of = {model: model for model in schedule.slots}
-    schedule.load("m0", 0.0)
-    for number in range(waiting):
-        schedule.arrive(Ticket(f"m{number % models}", number / waiting), number / waiting)
-    return schedule
 
 
 def arrivals(bench: Bench, quick: bool) -> list[Figure]:

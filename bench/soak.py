@@ -3,15 +3,12 @@
     python bench/soak.py [--seconds 60] [--seed 1]
 
 Clients of all kinds (KINDS) ask for four models in three sets. Their servers are toy processes that
-a monkey kills, stalls, makes sick and restarts (FAULTS); the script fails, or its servers die while
-they load. RESULTS.md says what is a violation.
+a monkey kills, stalls, makes sick and restarts (FAULTS); the script, soak.sh, fails, or its servers
+die while they load. RESULTS.md says what is a violation.
 """
-
-from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import os
 import random
@@ -29,6 +26,7 @@ from zlib import crc32
 import aiohttp
 import tools
 
+SCRIPT = Path(__file__).with_suffix(".sh")
 SET_OF = {"chat": "talk", "embed": "talk", "code": "code", "math": "math"}
 MODELS = list(SET_OF)
 PATIENCE = 60  # seconds that any request may take
@@ -60,35 +58,23 @@ ERRORS[200] = {"backend_error"}.union(*ERRORS.values())  # in a stream
 FAILURES = (b'"handler failed"', b'"worker died"', b'"complaint of a library"')  # of jano, logged
 Reach = tuple[int, int]  # how often a request must and may have reached a server
 
-# ----------------------------------------------------------------------- servers and swap script
+# -------------------------------------------------------------------------------------- servers
 # All processes work in one temporary folder; its files are what they know of each other.
 
 
 def loaded() -> list[str]:
     """The models whose servers may be asked now."""
     name, since = Path("loaded").read_text().split()
-    return models_of(name) if float(since) <= time.time() else []
+    return [model for model in MODELS if SET_OF[model] == name and float(since) <= time.time()]
 
 
-def models_of(name: str) -> list[str]:
-    return [model for model in MODELS if SET_OF[model] == name]
-
-
-def note_loaded(name: str, since: float = 0) -> None:
-    """From that time on, this set is the live one. Nobody ever reads half of the file."""
-    Path("loaded.new").write_text(f"{name} {since}")
-    Path("loaded.new").replace("loaded")
-
-
-def note(file: str, *words: str) -> int:
-    """Add a line to the file; how long it is now."""
+def note(file: str, line: str) -> None:
     with open(file, "a") as lines:
-        print(*words, file=lines)
-        return lines.tell()
+        print(line, file=lines)
 
 
-def is_sick(model: str) -> bool:
-    return Path(f"{model}.sick").exists()
+def script(*words: str) -> None:
+    subprocess.run([SCRIPT, *words])
 
 
 def event_for(nonce: str, size: int, body: bytes) -> str:
@@ -103,86 +89,30 @@ class Server(tools.Backend):
     health_seconds = 2.5 if random.random() < 0.1 else 0
 
     def answer(self, head: bytes, body: bytes) -> None:
-        live, sick = self.model in loaded(), is_sick(self.model)
+        live, sick = self.model in loaded(), Path(f"{self.model}.sick").exists()
         if head.startswith(b"GET"):
             status = 500 if sick else 200 if live else 503
-            asyncio.get_running_loop().call_later(self.health_seconds, self.say, status, "{}")
+            asyncio.get_running_loop().call_later(self.health_seconds, self.say, status, b"{}")
         else:
             nonce = head.partition(b"\r\nX-Nonce: ")[2].partition(b"\r\n")[0].decode()
             self.working = asyncio.ensure_future(self.work(nonce, body, live, sick))
 
     async def work(self, nonce: str, body: bytes, live: bool, sick: bool) -> None:
-        # What came while this process was stalled is no stray: jano has hung up since.
-        await asyncio.sleep(0 if live else 0.3)
-        stray = not live and not self.transport.is_closing()
-        note("reached", nonce, self.model, "stray" if stray else "fine")
+        note("reached", nonce)
+        if not live:
+            # What came while this process was stalled is no stray: jano has hung up since.
+            await asyncio.sleep(0.3)
+            if not self.transport.is_closing():
+                note("strays", f"{nonce} reached {self.model}, which was not loaded")
         request = json.loads(body)
         await asyncio.sleep(request["silent"])
         if sick:
-            self.say(500, SICK)
+            self.say(500, SICK.encode())
         elif request["refusal"]:
-            self.say(400, json.dumps(request["refusal"]))
+            self.say(400, json.dumps(request["refusal"]).encode())
         else:
             event = {"event": event_for(nonce, request["size"], body)}
             super().answer(b"", json.dumps(request | event).encode())
-
-    def say(self, status: int, text: str) -> None:
-        head = f"HTTP/1.1 {status} Toy\r\nContent-Length: {len(text)}\r\n\r\n"
-        self.transport.write(head.encode() + text.encode())
-
-
-def start(model: str) -> None:
-    """Start a server that inherits the output, as careless scripts do. One that runs is kept."""
-    if not send(model, 0):
-        Path(f"{model}.sick").unlink(missing_ok=True)
-        argv = [sys.executable, __file__, "--serve", model]
-        process = subprocess.Popen(argv, start_new_session=True, stdin=subprocess.DEVNULL)
-        Path(f"{model}.pid").write_text(str(process.pid))
-
-
-def send(model: str, number: int) -> bool:
-    """Send a signal to the model's server; whether there is one."""
-    file = Path(f"{model}.pid")
-    with contextlib.suppress(OSError, ValueError):
-        os.kill(int(file.read_text()), number)
-        if number == signal.SIGKILL:  # its number may be another process's one day
-            file.unlink()
-        return True
-    return False
-
-
-def run_script(name: str, seed: int) -> None:
-    """SWAP_COMMAND: the old servers are killed or left alone; some swaps are in vain."""
-    if name == "status":
-        live, _ = Path("loaded").read_text().split()
-        if any(send(model, 0) for model in models_of(live)):
-            print(f"{live}: loaded")
-        return
-    note_loaded("nobody")
-    dice = random.Random(f"{seed} {note('swaps', name)}")
-    for model in MODELS:
-        stop = name == "unload" or is_sick(model) or dice.random() < 0.5
-        if SET_OF[model] == name:
-            stop = "JANO_RESTART" in os.environ
-        if stop:
-            send(model, signal.SIGKILL)
-    if name == "unload":
-        return
-    fate = dice.random()
-    if fate < 0.1:
-        note("faults", "swap failed")
-        time.sleep(dice.choice((0, 0, 0, 9)))  # 9: jano has to end it
-        sys.exit("CUDA error: out of memory")
-    for model in models_of(name):
-        send(model, signal.SIGCONT)
-        start(model)
-    if fate < 0.15:
-        note("faults", "died while loading")
-        time.sleep(1)
-        for model in models_of(name):
-            send(model, signal.SIGKILL)
-    else:
-        note_loaded(name, time.time() + dice.uniform(0, 0.3))
 
 
 # -------------------------------------------------------------------------------------- clients
@@ -214,13 +144,41 @@ async def upload(body: bytes, pause: float) -> AsyncIterator[bytes]:
 class Soak:
     """What has been asked of jano and what has come of that."""
 
-    def __init__(self, seed: int, url: str, session: aiohttp.ClientSession) -> None:
+    session: aiohttp.ClientSession
+    status: dict[str, Any]  # jano's latest
+
+    def __init__(self, seed: int, port: int, pid: int) -> None:
         self.seed = seed
-        self.url = url
-        self.session = session
+        self.url = f"http://127.0.0.1:{port}"
+        self.pid = pid
         self.outcomes: Counter[tuple[str, str]] = Counter()  # by kind of client
         self.reach: dict[str, Reach] = {}  # by nonce
         self.violations: list[str] = []
+
+    async def run(self, seconds: float) -> None:
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        async with aiohttp.ClientSession(connector=connector) as self.session:
+            before = await self.together(WARM_UP)
+            after = await self.together(seconds - WARM_UP)
+        print(f"  at rest: requests, open files, threads, MB {before} -> {after}")
+        before[3] += 60  # malloc keeps some of what large bodies took
+        if any(now > limit for now, limit in zip(after, before)):
+            self.violations.append("traces are left")
+
+    async def together(self, seconds: float) -> list[int]:
+        """All at it for so long. Jano at rest then: requests, open files, threads, MB."""
+        monkey = asyncio.create_task(self.monkey())
+        observer = asyncio.create_task(self.observe())
+        await asyncio.gather(*(self.client(number, seconds) for number in range(16)))
+        monkey.cancel()
+        await asyncio.sleep(5)  # a script may still be running
+        observer.cancel()
+        ends = await asyncio.gather(monkey, observer, return_exceptions=True)
+        self.violations += [repr(end) for end in ends if isinstance(end, Exception)]
+        await asyncio.sleep(1)  # until the observer's connection is gone
+        files, threads = (len(os.listdir(f"/proc/{self.pid}/{what}")) for what in ("fd", "task"))
+        requests = self.status["inFlight"] + self.status["queueDepth"]
+        return [requests, files, threads, int(tools.rss_mb(self.pid))]
 
     async def client(self, number: int, seconds: float) -> None:
         until = time.time() + seconds
@@ -283,43 +241,26 @@ class Soak:
             fault = rng.choice(FAULTS)
             note("faults", f"server {fault}")
             if fault in ("killed", "restarted"):
-                send(model, signal.SIGKILL)
+                script("KILL", model)
             if fault == "restarted":
-                start(model)
+                script("START", model)
             if fault == "sick":
-                note(f"{model}.sick", "since now")
+                note(f"{model}.sick", "until it is started again")
             if fault.startswith("stalled"):
-                send(model, signal.SIGSTOP)
+                script("STOP", model)
                 await asyncio.sleep(8 if fault == "stalled for good" else rng.uniform(0.1, 3))
-                send(model, signal.SIGCONT)
+                script("CONT", model)
 
     async def observe(self) -> None:
+        timeout = aiohttp.ClientTimeout(total=5)
         while True:
             await asyncio.sleep(0.1)
-            status = await self.status()
+            async with self.session.get(f"{self.url}/status", timeout=timeout) as answer:
+                self.status = status = await answer.json()
             running = [call["model"] for call in status["active"] if call["state"] == "running"]
             assert status["ok"], status
             assert len(running) == len(set(running)), status
             assert len({SET_OF[model] for model in running}) <= 1, status
-
-    async def status(self) -> dict[str, Any]:
-        timeout = aiohttp.ClientTimeout(total=5)
-        async with self.session.get(f"{self.url}/status", timeout=timeout) as answer:
-            return dict(await answer.json())
-
-    async def together(self, seconds: float, pid: int) -> list[int]:
-        """All at it for so long. Jano at rest then: requests, open files, threads, MB."""
-        helpers = [asyncio.create_task(work) for work in (self.monkey(), self.observe())]
-        await asyncio.gather(*(self.client(number, seconds) for number in range(16)))
-        for helper in helpers:
-            helper.cancel()
-        ends = await asyncio.gather(*helpers, return_exceptions=True)
-        self.violations += [repr(end) for end in ends if isinstance(end, Exception)]
-        await asyncio.sleep(5)  # a script may still be running
-        status = await self.status()
-        await asyncio.sleep(1)  # until the connection for that is gone
-        files, threads = (len(os.listdir(f"/proc/{pid}/{what}")) for what in ("fd", "task"))
-        return [status["inFlight"] + status["queueDepth"], files, threads, int(tools.rss_mb(pid))]
 
 
 def judge(kind: str, right: str, status: int, text: str) -> tuple[str, Reach]:
@@ -341,16 +282,9 @@ def judge(kind: str, right: str, status: int, text: str) -> tuple[str, Reach]:
     return f"{status} {code}", (0, 0 if code in NEVER_SENT else 1)
 
 
-# ----------------------------------------------------------------------------------------- main
-
-
 def report(soak: Soak) -> int:
-    reached: Counter[str] = Counter()
-    for line in Path("reached").read_text().splitlines():
-        nonce, model, how = line.split()
-        reached[nonce] += 1
-        if how == "stray":
-            soak.violations.append(f"{nonce} reached {model}, which was not loaded")
+    reached = Counter(Path("reached").read_text().split())
+    soak.violations += Path("strays").read_text().splitlines()
     for nonce, (least, most) in soak.reach.items():
         if not least <= reached[nonce] <= most:
             soak.violations.append(f"{nonce} reached a server {reached[nonce]} times")
@@ -364,55 +298,38 @@ def report(soak: Soak) -> int:
     return int(violations > 0)
 
 
-async def run(port: int, pid: int, seconds: float, seed: int) -> Soak:
-    """Chaos on the jano that listens there, with traces of it at rest."""
-    connector = aiohttp.TCPConnector(limit=0, force_close=True)
-    async with aiohttp.ClientSession(connector=connector) as session:
-        soak = Soak(seed, f"http://127.0.0.1:{port}", session)
-        before = await soak.together(WARM_UP, pid)
-        after = await soak.together(seconds - WARM_UP, pid)
-    print(f"  at rest: requests, open files, threads, MB {before} -> {after}")
-    before[3] += 60  # malloc keeps some of what large bodies took
-    if any(now > limit for now, limit in zip(after, before)):
-        soak.violations.append("traces are left")
-    return soak
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description="Count broken promises in seeded chaos.")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--swap", help=argparse.SUPPRESS)  # what our own processes are
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)  # what a server of ours is
     options = parser.parse_args()
-    if options.swap:
-        run_script(options.swap, options.seed)
-        return 0
     if options.serve:
         signal.alarm(3600)  # if nobody else ends it
         Server.model = options.serve
-        asyncio.run(Server.serve(json.loads(Path("ports").read_text())[options.serve]))
+        asyncio.run(Server.serve(json.loads(os.environ["PORTS"])[options.serve]))
+    ports = {model: tools.free_port() for model in MODELS}
+    os.environ |= {"SOAK": f"{sys.executable} {__file__}", "SEED": str(options.seed)}
+    os.environ["PORTS"] = json.dumps(ports)
     with tools.Bench() as bench:
         os.chdir(bench.folder)
-        ports = {model: tools.free_port() for model in MODELS}
-        Path("ports").write_text(json.dumps(ports))
-        for file in ("reached", "swaps", "faults"):
+        for file in ("reached", "strays", "swaps", "faults"):
             Path(file).touch()
-        note_loaded("talk", time.time() + 2)  # its servers run, but take two more seconds
-        start("chat")
-        start("embed")
+        Path("loaded").write_text(f"talk {time.time() + 2}")  # jano finds it loading
+        script("START", "chat")
+        script("START", "embed")
         models = [tools.model(model, port, set=SET_OF[model]) for model, port in ports.items()]
-        script = f'exec {sys.executable} {__file__} --seed {options.seed} --swap "$1"'
-        port, pid = bench.jano(models, script, **SETTINGS)
+        port, pid = bench.jano(models, f'exec {SCRIPT} "$1"', **SETTINGS)
+        soak = Soak(options.seed, port, pid)
         try:
-            soak = asyncio.run(run(port, pid, options.seconds, options.seed))
+            asyncio.run(soak.run(options.seconds))
             jano = bench.processes[0]
             jano.terminate()
             if jano.wait():
                 soak.violations.append(f"jano ended with {jano.returncode}")
         finally:
             for model in MODELS:
-                send(model, signal.SIGKILL)
+                script("KILL", model)
         for line in Path(f"{port}.log").read_bytes().splitlines():
             if not line.startswith(b'{"t"') or any(failure in line for failure in FAILURES):
                 soak.violations.append(f"jano said {line.decode()}")

@@ -3,8 +3,6 @@
 python bench/tools.py PORT starts the Backend; its options are at the end.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import contextlib
@@ -19,31 +17,27 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 JANO = Path(__file__).resolve().parent.parent / "jano.py"
 ANSWER = b"""{"id": "x", "object": "chat.completion", "choices": [{"index": 0, "message":
  {"role": "assistant", "content": "Jano."}, "finish_reason": "stop"}],
  "usage": {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12}}"""
-HEAD = b" 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n"
-STREAM_HEAD = (
-    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n"
-)
+HEAD = b"HTTP/1.%d %d OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n%b\r\n"
+STREAM_HEAD = b" 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n"
 EVENT = b'data: {"choices": [{"index": 0, "delta": {"content": " word"}}]}\n\n'
 LAST_CHUNK = b"0\r\n\r\n"
-LOADING = b"HTTP/1.1 503 Loading\r\nContent-Length: 0\r\n\r\n"
 KEEP_ALIVE = b"Keep-Alive: timeout=5, max=100\r\n"
 
 
 class Bench:
     """A temporary folder and the processes that work in it; none outlives it."""
 
-    def __enter__(self) -> Bench:
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if hard != resource.RLIM_INFINITY and soft < hard:  # for thousands of connections
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    def __enter__(self) -> Self:
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # for thousands of connections
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         self.temporary = tempfile.TemporaryDirectory(prefix="jano-bench-")
         self.folder = Path(self.temporary.name)
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -81,11 +75,7 @@ class Bench:
         return port, self.start(port, sys.executable, __file__, port)
 
     def jano(
-        self,
-        models: list[dict[str, Any]],
-        swap: str = "exit 0",
-        command: Sequence[object] = (sys.executable, JANO),
-        **settings: str,
+        self, models: list[dict[str, Any]], swap: str = "exit 0", *command: object, **settings: str
     ) -> tuple[int, int]:
         """Start a jano in front of `models`: its port and pid. `swap`: the text of its script."""
         port = free_port()
@@ -96,7 +86,7 @@ class Bench:
         settings["SWAP_COMMAND"] = shlex.quote(str(script))
         settings["MODELS_FILE"] = f"{port}.json"
         settings["JANO_PORT"] = str(port)
-        return port, self.start(port, *command, **settings)
+        return port, self.start(port, *(command or (sys.executable, JANO)), **settings)
 
 
 def model(name: str, port: int, **more: Any) -> dict[str, Any]:
@@ -115,10 +105,8 @@ def free_port() -> int:
 
 def cpu_seconds(pid: int) -> float:
     """CPU time that all threads of a process have used so far (Linux)."""
-    nanoseconds = 0
-    for thread in Path(f"/proc/{pid}/task").iterdir():
-        nanoseconds += int((thread / "schedstat").read_text().split()[0])
-    return nanoseconds / 1e9
+    threads = Path(f"/proc/{pid}/task").glob("*/schedstat")
+    return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9
 
 
 def rss_mb(pid: int) -> float:
@@ -128,10 +116,6 @@ def rss_mb(pid: int) -> float:
 
 
 # ------------------------------------------------------------------------- client and backend
-
-
-class Lost(Exception):
-    """A request got no 200, or no whole answer."""
 
 
 class Client:
@@ -148,7 +132,7 @@ class Client:
         self.readable.register(self.socket, select.POLLIN)
 
     def ask(self, request: bytes) -> tuple[float, float]:
-        """Seconds until the first byte of the answer's body, and until it is whole. Raises Lost."""
+        """Seconds to the first byte of a 200's body, and to its end, else a ConnectionError."""
         if self.readable.poll(0):  # between two answers that is the end of the connection
             self.connect()
         begin = time.perf_counter()
@@ -159,7 +143,7 @@ class Client:
         first = time.perf_counter() - begin
         head, _, body = data.partition(b"\r\n\r\n")
         if not head.startswith(b"HTTP/1.1 200 "):
-            raise Lost(data.decode(errors="replace"))
+            raise ConnectionError(data.decode(errors="replace"))
         length = head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0]
         while len(body) < int(length) if length else not body.endswith(LAST_CHUNK):
             body += self.receive()
@@ -168,18 +152,15 @@ class Client:
     def receive(self) -> bytes:
         data = self.socket.recv(2**18)
         if not data:
-            raise Lost("the connection was closed in the middle of an answer")
+            raise ConnectionError("the connection was closed in the middle of an answer")
         return data
 
 
 class Backend(asyncio.Protocol):
-    """A raw model server that does what a request's JSON says: it is one of these servers.
+    """A raw model server that does what a request's JSON says. It is one of these servers:
 
-    silent     keeps connections as HTTP/1.1 does by default: uvicorn, hence vLLM; Go, hence Ollama
-    promising  says that it keeps them, and does
-    closing    says that it keeps them, and closes after each stream: llama-server
-    dying      closes them in the middle of the answer
-    mute       answers nothing but GET
+    silent, promising or closing, as RESULTS.md describes them; dying, if it closes the connection
+    in the middle of an answer; or mute, if it answers nothing but GET.
     """
 
     transport: asyncio.Transport
@@ -214,21 +195,23 @@ class Backend(asyncio.Protocol):
 
     def answer(self, head: bytes, body: bytes) -> None:
         if time.monotonic() < self.ready:
-            self.transport.write(LOADING)
+            self.say(503, b"")
             return
         request = json.loads(body or b'{"server": "silent", "stream": false}')  # GET has no body
         server = request["server"]
         promise = KEEP_ALIVE if server in ("promising", "closing") else b""
         if request["stream"] and self.idle != 0:
-            self.transport.write(STREAM_HEAD + promise + b"\r\n")
+            self.transport.write(b"HTTP/1.1" + STREAM_HEAD + promise + b"\r\n")
             self.streaming = asyncio.ensure_future(self.stream(request))
         elif server == "dying":
             self.transport.close()
         elif server != "mute":
-            data = request.get("event", "").encode() or ANSWER
-            version = b"HTTP/1.0" if self.idle == 0 else b"HTTP/1.1"
-            self.transport.write(version + HEAD % len(data) + promise + b"\r\n" + data)
+            self.say(200, request.get("event", "").encode() or ANSWER, promise)
             self.rest()
+
+    def say(self, status: int, data: bytes, promise: bytes = b"") -> None:
+        version = 0 if self.idle == 0 else 1
+        self.transport.write(HEAD % (version, status, len(data), promise) + data)
 
     async def stream(self, request: dict[str, Any]) -> None:
         data = request.get("event", "").encode() or EVENT * request["events"]
@@ -287,15 +270,13 @@ class Figure(NamedTuple):
     limit: float
 
 
-def promises(script: str, quick: bool) -> list[tuple[str, str, str, str, float]]:
+def promises(script: str, quick: bool) -> Iterator[tuple[str, str, str, str, float]]:
     """The script's lines of figures.csv: case, measure, times what, sign, limit."""
-    found = []
     for line in Path(__file__).with_name("figures.csv").read_text().splitlines():
         name, *fields = line.split(";")
         if name == script or (name == f"{script} full" and not quick):
             case, measure, other, sign, limit = fields
-            found.append((case, measure, other, sign, float(limit)))
-    return found
+            yield case, measure, other, sign, float(limit)
 
 
 def table(title: str, rows: list[dict[str, str]]) -> None:
