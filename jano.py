@@ -18,13 +18,13 @@ group        models that share one memory      swap         drain, run the scrip
 set          models that are loaded together   passthrough  a resident model: no queue, no swap
 ticket       a request's place in the queue
 
-The swap contract: `SWAP_COMMAND <name>` makes that model or set the live one and exits 0; twice
-does no harm. Optional: `status` prints lines `<model>: loaded`, `unload` frees the memory. In its
-environment are JANO_PREVIOUS_MODEL (what is loaded, if anything), JANO_GROUP and, for a backend
-that seems to be up and does not answer, JANO_RESTART=1: stop it first.
+The swap contract: `SWAP_COMMAND <name>` makes that model or set the live one and exits 0, also if
+it is live already. Optional: `status` prints lines `<model>: loaded` or `<model>: dead`; `unload`
+frees the memory. Its environment has JANO_PREVIOUS_MODEL (what was loaded; empty for `status`),
+JANO_GROUP, and JANO_RESTART=1 if a backend seems to be up and does not answer: stop it first.
 
-Reading order: policy, worker, swap, forward, front door, config, telemetry, page, app and main. All
-times are seconds of `clock`, unless the name ends in _ms.
+Reading order: policy, worker, swap, forward, front door, config, telemetry, page, app and main.
+Times are seconds, unless the name ends in _ms; they are on `clock`, but for those that people read.
 """
 
 from __future__ import annotations
@@ -83,9 +83,9 @@ __version__ = "2.0.0"
 
 PRIORITY, DEFAULT, FLEX = range(3)  # tiers, by the request's service_tier; the lowest goes first
 
-MEMORY = 60.0  # seconds for which a set keeps its place at most after its last waiter has left
-ANTICIPATION = 0.5  # seconds for which a new request for another set may find an idle set stay
-PATIENCE = 8.0  # a set lets another's turn last for so many times the longest wait in its own
+MEMORY = 60.0  # seconds, at most, for which a set keeps its place when nobody waits for it
+ANTICIPATION = 0.5  # seconds, at most, that an idle set stays without LINGER_MS (`idle_ends`)
+PATIENCE = 8.0  # a set's patience, as a multiple of the waits in its last turn (see `unload`)
 
 
 @dataclass(eq=False)
@@ -123,7 +123,7 @@ NOTHING = Decision()
 class Schedule:
     """What the policy looks at, for one group of models. No I/O; the clock is passed in.
 
-    Sets are loaded, wait and take turns; a model without one is a set of its own, of its name.
+    A set is what is loaded, waits and takes turns; a model without a set is one by itself.
     Queues and slots belong to models. All times are seconds.
     """
 
@@ -141,8 +141,8 @@ class Schedule:
         # Set -> seconds from "admit no more" to ready; the last one counts half.
         self.cost: dict[str, float] = {}
         self.waiting_since: dict[str, float] = {}  # set that is not loaded -> when its wait began
-        self.forget_at: dict[str, float] = {}  # set that nobody waits for -> when its wait ends
-        self.patient_until: dict[str, float] = {}  # set -> when it lets another's turn end
+        self.forget_at: dict[str, float] = {}  # set that nobody waits for -> when it is forgotten
+        self.patient_until: dict[str, float] = {}  # set -> until when another's turn may go on
         self.idle_since: dict[str, float] = {}  # set -> since when nothing of it waits or runs
         self.gaps: dict[str, deque[float]] = {}  # set -> its last two idle times that ended
         self.decision = NOTHING  # what remains to be done
@@ -180,7 +180,7 @@ class Schedule:
         """Nothing is loaded any more: a swap begins, the memory is freed, a backend has died."""
         if self.loaded is None:
             return
-        # How long it made others wait, and its own tickets: its patience goes by the shorter time.
+        # Its patience grows with the shorter of two waits: the others', its own tickets' longest.
         others = [ticket for ticket in self.heads() if self.set_of[ticket.model] != self.loaded]
         made_wait = now - min(map(self.waits_since, others), default=now)
         self.patient_until[self.loaded] = now + PATIENCE * min(made_wait, self.longest_wait)
@@ -222,7 +222,7 @@ class Schedule:
         return [ticket for queue in self.queues_of(name) for ticket in queue]
 
     def depth(self, name: str | None = None) -> int:
-        """How many they are."""
+        """How many tickets wait: for one set, or all."""
         return sum(map(len, self.queues_of(name)))
 
     def queues_of(self, name: str | None) -> list[OrderedDict[Ticket, None]]:
@@ -245,7 +245,7 @@ class Schedule:
         return self.waiting_since.get(self.set_of[ticket.model], ticket.arrived)
 
     def patience(self, ticket: Ticket) -> float:
-        """For how long its set lets the turn of another grow."""
+        """Seconds for which its set lets another's turn go on, if that exceeds MAX_TURN_MS."""
         since = self.waits_since(ticket)
         return self.patient_until.get(self.set_of[ticket.model], since) - since
 
@@ -268,19 +268,19 @@ class Schedule:
 
 
 def decide(schedule: Schedule, now: float) -> Decision:
-    """Greedy within a turn, but never unfair and never thrashing. A pure function of both."""
+    """What to do now: serve the loaded set until its turn ends, then swap. It changes nothing."""
     if not schedule.queues:
         return NOTHING
     loaded, queue = schedule.loaded, schedule.heads()
     favoured = [ticket for ticket in queue if schedule.set_of[ticket.model] == loaded]
     others = [ticket for ticket in queue if schedule.set_of[ticket.model] != loaded]
     ready = [ticket.model for ticket in favoured if schedule.has_slot(ticket)]
-    oldest = take_next(queue, ready)
-    serve = oldest if ready else None
-    if oldest is None or not others:
+    first = take_next(queue, ready)
+    serve = first if ready else None
+    if first is None or not others:
         return Decision(serve)
-    if not schedule.turn:  # plain greed
-        return Decision(serve) if favoured else Decision(swap_to=schedule.set_of[oldest.model])
+    if not schedule.turn:  # plain greed: no swap while the loaded set has tickets
+        return Decision(serve) if favoured else Decision(swap_to=schedule.set_of[first.model])
 
     # Next is the set that has waited longest, not that of the oldest ticket: its wait begins anew
     # when it is unloaded. Else a set with a long queue would come back each time.
@@ -309,7 +309,7 @@ def turn_ends(
     least patient waiting set is used up.
     """
     contested_since = max(schedule.loaded_at, schedule.waits_since(head))
-    begins = contested_since + 2 * schedule.trip(head)
+    begins = contested_since + 2 * schedule.trip(head)  # MAX_TURN_MS counts from here
     if favoured and favoured[0].arrived < begins + schedule.turn:
         patience = min(schedule.patience(ticket) for ticket in others)
         return begins + max(schedule.turn, patience)
@@ -319,10 +319,10 @@ def turn_ends(
 def idle_ends(schedule: Schedule, loaded: str, head: Ticket) -> float:
     """Until when what is loaded may stay, idle, while head waits.
 
-    A program may send a small request to another model just before the main one to this: so a new
-    head waits for ANTICIPATION, or a twentieth of a round trip if that is less. And if one of the
-    last two pauses of this set was at most LINGER_MS, its client will probably be back: stay for
-    LINGER_MS, but no longer than a round trip, since to leave and come back takes as long.
+    A program may send a small request to another model just before its main one to this model: so a
+    new head waits for ANTICIPATION, or a twentieth of a round trip if that is less. If one of the
+    last two pauses of this set was at most LINGER_MS, its client will probably be back: it stays
+    idle for LINGER_MS, but makes head wait no longer than the round trip that leaving would cost.
     """
     trip = schedule.trip(head)
     until = head.arrived + min(ANTICIPATION, trip / 20)
@@ -351,9 +351,9 @@ class SwapAbandoned(Exception):
 class Worker:
     """One group's owner: it grants the turns, and it alone changes what is loaded.
 
-    Every event calls `advance`. It grants at once what can be granted. What takes time (a swap, a
-    check of health, an unload) it leaves to `run`, by setting `due`. `run` and `unload` hold the
-    lock while they work: two runs of SWAP_COMMAND at once would fight for the memory.
+    Every event calls `advance`, which grants at once what can be granted. `run` does what takes
+    time (a swap, a health check, an unload of what is idle) when `due` is set. `run` and `unload`
+    hold the lock while they work: two runs of SWAP_COMMAND at once would fight for the memory.
     """
 
     def __init__(self, group: str, jano: Jano) -> None:
@@ -364,17 +364,17 @@ class Worker:
         self.models: dict[str, Model] = {}  # one gone from the file stays, for its tickets
         self.lock = asyncio.Lock()
         self.due = asyncio.Event()  # there is something for `run` to do
-        self.drained = asyncio.Event()  # nothing is in flight
+        self.drained = asyncio.Event()  # when nothing is in flight; `unload` clears it
         self.holds: set[str] = set()  # why no turn is granted now: "check", "unload"
         self.timer: asyncio.TimerHandle | None = None  # of the next `advance`
         self.swapping: str | None = None  # what is being loaded
         self.swap_began = 0.0
-        self.stage = ("", "")  # what is wrong if the swap comes no further, and how one can tell
+        self.stage = ("", "")  # what to report if the deadline passes now, and its detail
         self.loading: asyncio.Task[None] | None = None  # the script and the wait for readiness
-        self.abandoned: set[str] = set()  # whose last swap was; the next one goes on
-        self.restart: set[str] = set()  # what seemed to be up and did not answer
-        self.failures: dict[str, tuple[int, float]] = {}  # failed swaps in a row, the last
-        self.refusal: Callable[[], ApiError] | None = None  # why it takes no ticket any more
+        self.abandoned: set[str] = set()  # sets whose last swap was abandoned; the next goes on
+        self.restart: set[str] = set()  # sets to load with JANO_RESTART=1
+        self.failures: dict[str, tuple[int, float]] = {}  # set -> failures in a row, when the last
+        self.refusal: Callable[[], ApiError] | None = None  # makes the error, once it is closed
         self.task = asyncio.create_task(self.run())
         self.task.add_done_callback(self.died)
 
@@ -387,7 +387,7 @@ class Worker:
     def members(self, name: str | None) -> list[Model]:
         """The models of a set; a model without a set is its own.
 
-        One that is gone from the file counts only if it is alone: it shall not hold up the others.
+        Those that are gone from the file count only if no other is left: they must hold up nobody.
         """
         models = self.models.values()
         members = [model for model in models if self.schedule.set_of[model.name] == name]
@@ -412,7 +412,7 @@ class Worker:
             self.advance()
 
     def refuse_if_hopeless(self, ticket: Ticket) -> None:
-        """Raises ApiError if the worker is gone, or what it loads has failed too often."""
+        """Raises ApiError if the worker is closed, or the ticket's set failed to load too often."""
         if self.refusal:
             raise self.refusal()
         name = self.schedule.set_of[ticket.model]
@@ -429,8 +429,8 @@ class Worker:
     def advance(self) -> None:
         """After any change: grant the turns that there are now, and note what is left to do.
 
-        While a check or an unload holds the turns back, the schedule's decision is an old one;
-        whoever has the lock acts first, and comes here again when it lets go.
+        While a check or an unload holds the turns back, the schedule's decision is stale. That does
+        no harm: when the hold ends, this renews the decision before `run` reads it under the lock.
         """
         now = clock()
         schedule = self.schedule
@@ -486,10 +486,10 @@ class Worker:
             self.advance()
 
     async def detect(self) -> None:
-        """Take for loaded the first set whose models all are likely to run, and healthy.
+        """Take as loaded the first set whose models are all likely to run, and all healthy.
 
-        Likely is what `status` names; without `status`, each model whose address no other has, as
-        health does not say which of two answers. What still loads is waited for by who asks for it.
+        Those that `status` names are likely. If it fails, those with an address of their own are:
+        where two share one, health does not say which answers. A request awaits what still loads.
         """
         urls = Counter(model.url for model in self.models.values())
         likely = [model.name for model in self.models.values() if urls[model.url] == 1]
@@ -523,7 +523,7 @@ class Worker:
                 self.due.set()
 
     def backend_gone(self, fault: str) -> None:
-        """What is loaded is not, whatever we thought, and must be started anew."""
+        """What we took for loaded does not answer: forget it, and let the next swap restart it."""
         name = self.schedule.loaded
         if name is not None:
             self.schedule.unload(clock())
@@ -531,7 +531,7 @@ class Worker:
             log("warn", "backend is gone", model=name, err=fault)
 
     async def swap(self, name: str) -> None:
-        """Load this set; where that fails, so do the tickets that wait for it."""
+        """Load this set; if that fails, the tickets that wait for it fail, too."""
         previous = self.schedule.loaded
         draining_since = self.schedule.draining_since or clock()
         # From here on nobody may be sent to the old model, nor to a half-started new one.
@@ -542,7 +542,7 @@ class Worker:
         try:
             await self.bring_up(name, previous)
         except SwapAbandoned:
-            # Not twice, or clients with short time-outs would abandon each other's swaps for ever.
+            # Its next swap goes on, or clients with short time-outs would stop all swaps for ever.
             self.abandoned.add(name)
             took = ms(clock() - self.swap_began)
             log("info", "swap abandoned: nobody waits for it", model=name, ms=took)
@@ -590,7 +590,7 @@ class Worker:
         self.jano.telemetry.swapped(self, previous, name, seconds, ok=False)
         fails = self.failures.get(name, (0, 0.0))[0] + 1
         self.failures[name] = (fails, clock())
-        if fails > 1:  # the first may have been a slow load, which goes on; this server hangs
+        if fails > 1:  # after one failure a slow load may still go on; after two, it hangs
             self.restart.add(name)
         facts = {"model": name, "ms": ms(seconds), "fails": fails, "err": str(failure)}
         log("error", "swap failed", **facts, **failure.details)
@@ -664,7 +664,7 @@ STATUS_INTERVAL = 2.0  # seconds between two looks whether a loading server live
 
 
 async def wait_until_ready(worker: Worker, name: str, script: Script) -> None:
-    """Wait for the script's end, then until the whole set is ready. Raises SwapFailed."""
+    """Wait for the script, then for the whole set. Raises SwapFailed or SwapAbandoned."""
     worker.stage = ("the script runs on", "")
     await script.succeed()
     members = worker.members(name)
@@ -874,8 +874,8 @@ class BackendError(Exception):
 async def forward(call: Call) -> bytes:
     """Ask the backend and pass its answer on. Returns the last bytes, for the caller to write.
 
-    Raises BackendError; ConnectionError if the client has left; ApiError if heartbeats have begun a
-    stream to the client, and the answer is none.
+    Raises BackendError; ConnectionError if the client has left, TimeoutError if it does not read;
+    ApiError if heartbeats have begun a stream to the client and the answer is not a stream.
     """
     timeout = call.jano.settings.request_timeout
     upstream = await connect(call, min(timeout, CONNECT_TIMEOUT))
@@ -1115,9 +1115,9 @@ class Upstream(asyncio.Protocol):
             self.waiter.set_result(None)
 
     def resume_writing(self) -> None:
-        """Send a piece of a large body in the next turn of the loop.
+        """Send a piece of a large body in the next iteration of the loop.
 
-        In pieces, as the transport makes a copy; one in a turn, as a TLS transport needs some turns
+        In pieces, as the transport makes a copy; one an iteration, as a TLS transport needs several
         to notice that it is cut off, and complains of each piece meanwhile.
         """
         if self.rest and self.sending is None:
@@ -1341,7 +1341,7 @@ class Call(Ticket):
             self.timer.cancel()
 
     def beat(self) -> None:
-        """A sign of life, under the head of a 200 that a later event may have to take back.
+        """Send a sign of life. If no answer has begun, a 200 goes first; failures are then events.
 
         Parsers of server-sent events skip comments (HTML standard, 9.2.6). Codex wants events.
         """
@@ -1427,7 +1427,7 @@ class Jano:
         }
 
     def adopt(self, models: list[Model]) -> None:
-        """Use these models from now on; queued tickets and what is loaded stay as they are."""
+        """Use these models from now on. What is loaded stays; tickets of moved models move, too."""
         self.models = {model.name: model for model in models}
         self.names = {}
         for model in models:
@@ -1469,7 +1469,7 @@ class Jano:
         return response
 
     def check_client(self, request: web.BaseRequest) -> None:
-        """Known Hosts, allowed Origins, and whoever shows the key may ask. Raises ApiError."""
+        """Host and Origin must be allowed, and the key right. Raises ApiError 403 or 401."""
         host, origin = request.headers.get("Host"), request.headers.get("Origin")
         if self.hosts and host is not None:
             name = host_name(host)
@@ -1542,8 +1542,8 @@ class Jano:
         """Read the request and find its model. Raises ApiError."""
         body = await self.read_body(request)
         name, target = self.read_target(request)
-        upstream = request.path.startswith(UPSTREAM)
-        path = unquote(target.partition("?")[0]) if upstream else request.path
+        by_path = request.path.startswith(UPSTREAM)
+        path = unquote(target.partition("?")[0]) if by_path else request.path
         fields: dict[str, Any] = {}
         part = None  # where in a form its model stands
         try:
@@ -1555,7 +1555,7 @@ class Jano:
         except ApiError:
             if not name:  # otherwise it is the backend's matter
                 raise
-        if not upstream:
+        if not by_path:
             name = fields.get("model") or name
         model = self.find_model(name, path)
         if model.upstream_model and part:
@@ -1629,7 +1629,7 @@ class Jano:
         raise ApiError(status, text, "model_not_found", accepted=accepted)
 
     async def serve(self, call: Call) -> Written:
-        """From the queue to the last byte; counted, however it ends, before the client can tell."""
+        """Serve the call to its end; count it before its last byte, its error or its abort."""
         self.begin(call)
         try:
             try:
@@ -1663,7 +1663,7 @@ class Jano:
         return Written(call.keep_alive)
 
     def begin(self, call: Call) -> None:
-        """From here on the request is known, until `serve` is through. Raises ApiError."""
+        """Admit the call and time its heartbeats. Raises ApiError (503, or 409: not loaded)."""
         if self.stopping:
             raise SHUTTING_DOWN()
         if call.worker:
@@ -1698,7 +1698,7 @@ class Jano:
                 call.granted = clock()
                 return await forward(call)
             async with worker.turn(call):
-                call.entry = worker.models[call.model]  # a reload may have moved it meanwhile
+                call.entry = worker.models[call.model]  # a reload may have changed it meanwhile
                 try:
                     return await forward(call)
                 except BackendError as error:
@@ -1852,7 +1852,7 @@ def host_name(host: str) -> str:
 
 
 def bare(route: str) -> str:
-    """As the example in `endpoints` has it, however it is written there."""
+    """A route without outer slashes or a leading v1, such as "chat/completions"."""
     return f"/{route.strip('/')}".removeprefix("/v1/").strip("/")
 
 
@@ -1927,7 +1927,7 @@ class ConfigError(ValueError):
 
 
 class Kind(NamedTuple):
-    """Of a value: what is expected, and what is used of it (None, or an error: not expected)."""
+    """How a setting is read: what is expected, and a converter (None, or an error: it is bad)."""
 
     expected: str
     convert: Callable[[Any], Any]
@@ -1951,7 +1951,7 @@ def matching(pattern: str, expected: str, is_secret: bool = False) -> Kind:
 def number(
     least: int, most: int = 10**9, unit: float = 1, spell: Callable[[Any], str] = str
 ) -> Kind:
-    """A text of digits; unit is what is counted, in what is used."""
+    """A whole number, multiplied by unit; spell makes the text that must be digits."""
 
     def convert(value: Any) -> float | None:
         count = int(value) if re.fullmatch("[0-9]{1,10}", spell(value)) else -1
@@ -2397,7 +2397,7 @@ class Telemetry:
         self.naive_loaded[group] = name
 
     def detected(self, worker: Worker, name: str) -> None:
-        """It was loaded from the start, for the other proxy, too: what came before is forgotten."""
+        """It was loaded at the start, for the naive proxy, too: that has swapped once at most."""
         asked = self.naive_loaded.setdefault(worker.group, name)
         self.naive_swaps[worker.group] = int(asked != name)
         self.loaded_at[name] = utc(time.time())
@@ -2528,16 +2528,16 @@ def group_status(jano: Jano, group: str) -> dict[str, Any]:
 
 def metrics(jano: Jano) -> str:
     """status, and what it leaves out, as Prometheus text (exposition format 0.0.4)."""
-    telemetry, now = jano.telemetry, status(jano)
+    telemetry, payload = jano.telemetry, status(jano)
     loaded = {model.name: int(jano.state_of(model) == "loaded") for model in jano.models.values()}
-    up = {model: int(state == "up") for model, state in now["backendHealth"].items()}
-    saved = {} if now["swapTimeSavedMs"] is None else {(): now["swapTimeSavedMs"] / 1000}
+    up = {model: int(state == "up") for model, state in payload["backendHealth"].items()}
+    saved = {} if payload["swapTimeSavedMs"] is None else {(): payload["swapTimeSavedMs"] / 1000}
     uptime = {(): time.time() - telemetry.started}
     lines = [
         *family("uptime_seconds", "gauge", "Since the start.", uptime),
-        *family("in_flight", "gauge", "Requests at a backend.", {(): now["inFlight"]}),
+        *family("in_flight", "gauge", "Requests at a backend.", {(): payload["inFlight"]}),
         *family("model_loaded model", "gauge", "1: it is loaded.", loaded),
-        *family("queue_depth model", "gauge", "Requests that wait.", now["queueByModel"]),
+        *family("queue_depth model", "gauge", "Requests that wait.", payload["queueByModel"]),
         *family(
             "requests_total model status", "counter", "Requests that are over.", telemetry.requests
         ),
@@ -2545,10 +2545,10 @@ def metrics(jano: Jano) -> str:
         *family(
             "prompt_tokens_total model", "counter", "Tokens of prompts.", telemetry.prompt_tokens
         ),
-        *family("generation_tokens_per_second model", "gauge", "Lately.", now["tokSByModel"]),
+        *family("generation_tokens_per_second model", "gauge", "Lately.", payload["tokSByModel"]),
         *family("swaps_total from to", "counter", "Swaps made.", telemetry.swaps),
         *family("swap_failures_total model", "counter", "Swaps failed.", telemetry.swap_failures),
-        *family("swaps_avoided", "gauge", "By the queue.", {(): now["swapsAvoided"]}),
+        *family("swaps_avoided", "gauge", "By the queue.", {(): payload["swapsAvoided"]}),
         *family("swap_time_saved_seconds", "gauge", "Avoided swaps times their mean.", saved),
         *family("backend_up model", "gauge", "1: it was fine when last heard of.", up),
         *family("swap_duration_seconds", "histogram", "From the script's start until ready.", {}),
@@ -2601,7 +2601,7 @@ PAGE_HEADERS |= {"Cache-Control": "no-cache"}
 
 def page(jano: Jano) -> str:
     """HTML: what is loaded, who waits, and who was served when."""
-    now, heads, cards = status(jano), [], ""
+    payload, heads, cards = status(jano), [], ""
     for index, model in enumerate(islice(jano.models.values(), 50)):
         name, state = model.name, jano.state_of(model)
         group = f"{isolated(model.group)}: " if len(jano.workers) > 1 else ""
@@ -2611,15 +2611,17 @@ def page(jano: Jano) -> str:
         cards += f"""<li class="c{index % 4}"><form method="post" {"hidden" * model.passthrough}
 action="/{verb}?model={quote(name, "")}"><button id="b{index}" aria-label="{verb} {isolated(name)}">
 {verb}</button></form><b dir="auto">{escape(name[:200])}</b><br>{group}{state},
-{now["queueByModel"][name]} waiting, {now["requestsByModel"][name]} answered"""
+{payload["queueByModel"][name]} waiting, {payload["requestsByModel"][name]} answered"""
     heading = "; ".join(heads) or "nothing is loaded"
     return f"""<!doctype html><html lang="en"><link rel="icon" href="data:,"><style>{CSS}</style>
 <script>{JS}</script><meta name="viewport" content="width=device-width"><title>{heading}, \
-{now["queueDepth"]} waiting · jano</title><body><div id="down" role="alert" {"hidden" * now["ok"]}>
-jano does not answer</div><h1>{heading}</h1><h2>Swaps avoided: {now["swapsAvoided"]}, about
-{(now["swapTimeSavedMs"] or 0) / 1000:.1f} s saved</h2>Swaps made: {now["swapsTotal"]}, waiting:
-{now["queueDepth"]}, running: {now["inFlight"]}, answered: {now["requestsServedTotal"]}
-{timeline(jano, now)}<ul>{cards}</ul>{len(jano.models)} models"""
+{payload["queueDepth"]} waiting · jano</title><body>
+<div id="down" role="alert" {"hidden" * payload["ok"]}>jano does not answer</div><h1>{heading}</h1>
+<h2>Swaps avoided: {payload["swapsAvoided"]}, about
+{(payload["swapTimeSavedMs"] or 0) / 1000:.1f} s saved</h2>
+Swaps made: {payload["swapsTotal"]}, waiting: {payload["queueDepth"]}, running:
+{payload["inFlight"]}, answered: {payload["requestsServedTotal"]}
+{timeline(jano, payload)}<ul>{cards}</ul>{len(jano.models)} models"""
 
 
 def isolated(name: str) -> str:
@@ -2627,17 +2629,17 @@ def isolated(name: str) -> str:
     return escape(f"\u2068{name if len(name) < 30 else name[:29] + '…'}\u2069")
 
 
-def timeline(jano: Jano, now: dict[str, Any]) -> str:
+def timeline(jano: Jano, payload: dict[str, Any]) -> str:
     """An SVG: a lane for each model with its latest requests, and a stripe for each swap."""
-    entries = [*now["active"][:30], *islice(reversed(jano.telemetry.records), 60)][:60]
+    entries = [*payload["active"][:30], *islice(reversed(jano.telemetry.records), 60)][:60]
     if not entries:
         ask = {"model": next(iter(jano.models)), "messages": [{"role": "user", "content": "Hi"}]}
         return f"""<p><code>curl http://{jano.settings.netloc(jano.port)}/v1/chat/completions --json
 {escape(shlex.quote(json.dumps(ask)))}</code>"""
     for worker in filter(attrgetter("swapping"), jano.workers.values()):
         took = ms(clock() - worker.swap_began)
-        now["recentSwaps"].append({"from": "", "to": worker.swapping, "ms": took})
-    for swap in now["recentSwaps"]:
+        payload["recentSwaps"].append({"from": "", "to": worker.swapping, "ms": took})
+    for swap in payload["recentSwaps"]:
         label = f"{isolated(swap['from'] or '')} → {isolated(swap['to'])} {swap['ms'] / 1000:.1f} s"
         entries.append({**swap, "model": "", "id": label, "total_ms": swap["ms"]})
     spans = []
@@ -2688,7 +2690,7 @@ class Written(web.StreamResponse):
 
 
 class Connection(web.RequestHandler):
-    """aiohttp's HTTP; but its own errors come in OpenAI's shape, and quote no client in the log."""
+    """aiohttp's HTTP; but its own errors take an API's shape, and quote no client in the log."""
 
     def handle_error(
         self,
@@ -2764,17 +2766,17 @@ async def run(settings: Settings, models: list[Model]) -> int:
     for upstream in [*chain(*jano.idle.values())]:
         upstream.close()
     await asyncio.sleep(0)  # until what has been closed is
-    now = status(jano)
-    facts = {"served": now["requestsServedTotal"], "swaps": now["swapsTotal"]}
-    facts |= {name: now[name] for name in ("swapsAvoided", "swapTimeSavedMs")}
+    payload = status(jano)
+    facts = {"served": payload["requestsServedTotal"], "swaps": payload["swapsTotal"]}
+    facts |= {name: payload[name] for name in ("swapsAvoided", "swapTimeSavedMs")}
     log("info", "jano stopped", **facts)
     return 0
 
 
 def known_hosts(settings: Settings, addresses: set[str]) -> set[str]:
-    """What a Host header may name while jano listens on loopback; anything (empty) beyond it.
+    """What a Host header may name if jano listens on loopback alone; else the empty set: anything.
 
-    By the addresses: 0x7f.1, 0:0:0:0:0:0:0:1 and often the machine's hosts name are loopback, too.
+    The addresses tell: JANO_HOST may be 0x7f.1 or the machine's name, which often is loopback.
     """
     if not all(address == "::1" or address.startswith("127.") for address in addresses):
         return set()
@@ -2798,7 +2800,7 @@ def on_signal(jano: Jano, stop: asyncio.Event, number: signal.Signals) -> None:
 
 
 async def explain_port(settings: Settings, error: Exception) -> int:
-    """0 if another jano has the port: cron starts one every minute. Else 1."""
+    """The exit code: 0 if another jano answers (cron starts one a minute), 1 if in use, else 2."""
     place = settings.netloc(settings.port)  # 0.0.0.0 and :: reach this machine, too
     with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError, ValueError):
         limit = aiohttp.ClientTimeout(total=5)
