@@ -47,6 +47,7 @@ import shutil
 import signal
 import socket
 import ssl
+import stat
 import struct
 import subprocess
 import sys
@@ -2258,8 +2259,11 @@ class Log:
     def __init__(self) -> None:
         self.lost = 0
         self.broken = ""  # a newline, if the last line is not whole
-        self.ready = select.poll()  # a file, or a closed stdout, is always ready
+        self.is_file = False  # then it need not be asked whether it is ready, which takes long
+        self.ready = select.poll()
         self.ready.register(1, select.POLLOUT)
+        with contextlib.suppress(OSError):
+            self.is_file = stat.S_ISREG(os.fstat(1).st_mode)
 
     def __call__(self, level: str, msg: str, **facts: object) -> None:
         if self.lost and self.write("warn", "log lines lost", {"lost": self.lost}):
@@ -2280,7 +2284,7 @@ class Log:
         data = f"{self.broken}{line}}}\n".encode()
         size = len(data)
         try:
-            while data and self.ready.poll(0):
+            while data and (self.is_file or self.ready.poll(0)):
                 data = data[os.write(1, data[: select.PIPE_BUF]) :]
         except OSError:
             pass  # what is left is lost
