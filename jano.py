@@ -596,7 +596,8 @@ class Worker:
         facts = {"model": name, "ms": ms(seconds), "fails": fails, "err": str(failure)}
         log("error", "swap failed", **facts, **failure.details)
         text = f'swap to "{name}" failed: {failure}'
-        self.fail_waiting(name, lambda: ApiError(503, text, "swap_failed", NO_RETRY))
+        error = functools.partial(ApiError, 503, text, "swap_failed", NO_RETRY)
+        self.fail(self.schedule.waiting(name), error)
 
     async def unload(self) -> str | None:
         """Drain, then free the memory. Returns the name of what was loaded."""
@@ -627,9 +628,9 @@ class Worker:
             raise ApiError(503, f"unload failed: {error}", "unload_failed", NO_RETRY) from None
         return previous
 
-    def fail_waiting(self, name: str | None, error: Callable[[], ApiError]) -> None:
-        """No turn will come for the tickets of this set (None: of any)."""
-        for ticket in self.schedule.waiting(name):
+    def fail(self, tickets: list[Ticket], error: Callable[[], ApiError]) -> None:
+        """No turn will come here for these tickets, which wait."""
+        for ticket in tickets:
             self.schedule.leave(ticket, clock())
             resolve(ticket, error())
 
@@ -637,7 +638,7 @@ class Worker:
         """Take no ticket any more. A script that runs, and the backends, go on."""
         self.refusal = refusal
         self.task.cancel()
-        self.fail_waiting(None, refusal)
+        self.fail(self.schedule.waiting(), refusal)
 
     def died(self, task: asyncio.Task[None]) -> None:
         """The worker's coroutine has ended. Only `close` may do that."""
@@ -1439,11 +1440,9 @@ class Jano:
                 self.workers[model.group].adopt(model)
         for worker in self.workers.values():
             worker.failures.clear()
-            for ticket in worker.schedule.waiting():
-                entry = self.models.get(ticket.model)
-                if entry and self.worker_of(entry) is not worker:
-                    worker.schedule.leave(ticket, clock())
-                    resolve(ticket, Moved())
+            tickets = [each for each in worker.schedule.waiting() if each.model in self.models]
+            moved = [each for each in tickets if self.worker_of(self.models[each.model]) != worker]
+            worker.fail(moved, Moved)
             worker.advance()
 
     def worker_of(self, model: Model) -> Worker | None:
@@ -1453,9 +1452,10 @@ class Jano:
     def state_of(self, model: Model) -> str:
         """What /v1/models says of it."""
         worker = self.worker_of(model)
-        if worker is None or worker.schedule.set_of[model.name] == worker.schedule.loaded:
+        name = worker.schedule.set_of[model.name] if worker else None
+        if worker is None or name == worker.schedule.loaded:
             return "loaded"
-        return "loading" if worker.schedule.set_of[model.name] == worker.swapping else "unloaded"
+        return "loading" if name == worker.swapping else "unloaded"
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request; every error in the dialect of who asks."""
@@ -1669,6 +1669,7 @@ class Jano:
             raise SHUTTING_DOWN()
         if call.worker:
             size = len(call.body)
+            # To count who waits takes long; with fewer calls there is room.
             if len(self.calls) >= self.settings.max_queue or self.held_bytes + size > MAX_HELD:
                 self.refuse_if_full(size)
             log("info", "enqueued", id=call.id, model=call.model)
@@ -1790,8 +1791,8 @@ class Jano:
         """Drain, and free the memory: of the group of ?model=, or of all groups."""
         workers = list(self.workers.values())
         if "model" in request.query:
-            model = self.find_model(request.query["model"])
-            workers = [] if model.passthrough else [self.workers[model.group]]
+            worker = self.worker_of(self.find_model(request.query["model"]))
+            workers = [worker] if worker else []
         # Shielded: a client that leaves must not let go of the lock while the script runs.
         unloads = asyncio.gather(*(worker.unload() for worker in workers), return_exceptions=True)
         names = await asyncio.shield(unloads)
@@ -2182,9 +2183,10 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def finite(digits: str) -> float:
     """A JSON number. Raises ValueError if JSON cannot hold it."""
-    if not math.isfinite(float(digits)):
+    value = float(digits)
+    if not math.isfinite(value):
         raise ValueError(f"{digits}, which is no JSON number")
-    return float(digits)
+    return value
 
 
 def load_model(entry: object) -> Model:

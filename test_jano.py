@@ -1780,36 +1780,37 @@ async def test_passthrough_model_waits_for_no_swap(
         assert await statuses(slow) == [200]
 
 
+@contextlib.asynccontextmanager
+async def three_loops(daemon: Running, code: Backend) -> AsyncIterator[None]:
+    """Three clients ask for chat without a pause, until code has a request."""
+
+    async def loop() -> None:
+        while not code.requests:
+            assert (await daemon.ask("chat"))[0] == 200
+
+    async with asyncio.TaskGroup() as loops:
+        for _ in range(3):
+            loops.create_task(loop())
+        yield
+
+
 async def test_no_stream_of_requests_starves_others(
     tmp_path: Path, chat: Backend, code: Backend
 ) -> None:
-    async with running_jano(tmp_path, [entry(chat), entry(code)], MAX_TURN_MS=150) as daemon:
-
-        async def loop() -> None:
-            while not code.requests:
-                assert (await daemon.ask("chat"))[0] == 200
-
-        async with asyncio.TaskGroup() as loops:
-            for _ in range(3):
-                loops.create_task(loop())
-            await daemon.logged("served", 5)
-            assert (await event(daemon.ask("code")))[0] == 200
+    models = [entry(chat), entry(code)]
+    async with running_jano(tmp_path, models, MAX_TURN_MS=150) as daemon, three_loops(daemon, code):
+        await daemon.logged("served", 5)
+        assert (await event(daemon.ask("code")))[0] == 200
 
 
 async def test_client_that_gives_up_and_asks_again_keeps_its_models_place(
     tmp_path: Path, chat: Backend, code: Backend
 ) -> None:
     """It gives up after 0.4 s, a turn lasts 1 s: by itself no request of it waits long enough."""
-    async with running_jano(tmp_path, [entry(chat), entry(code)], MAX_TURN_MS=1000) as daemon:
-
-        async def loop() -> None:
-            while not code.requests:
-                assert (await daemon.ask("chat"))[0] == 200
-
-        async with asyncio.TaskGroup() as loops:
-            for _ in range(3):
-                loops.create_task(loop())
-            tries = 0
+    models = [entry(chat), entry(code)]
+    tries = 0
+    async with running_jano(tmp_path, models, MAX_TURN_MS=1000) as daemon:
+        async with three_loops(daemon, code):
             while not code.requests:
                 tries += 1
                 assert tries < 6, "it was never served"

@@ -117,11 +117,17 @@ async def ask(jano: Running, agent: str, model: str, tmp_path: Path) -> str:
     return await asyncio.to_thread(opened.ask, model)
 
 
-async def behind_heartbeats(jano: Running, model: str, count: int = 3) -> None:
-    """Wait until an agent, which may take long to start, has asked and had so many heartbeats."""
+async def asked_behind_heartbeats(
+    jano: Running, agent: str, model: str, folder: Path, count: int = 3
+) -> asyncio.Task[str]:
+    """Let an agent ask, which may take long to start, and the model be loaded once it has had so
+    many heartbeats. What it says in the end."""
+    asking = asyncio.create_task(ask(jano, agent, model, folder))
     asked = until(lambda: bool(jano.log("enqueued", model=model)))
     await asyncio.wait_for(asked, STARTS)
     await heartbeats(jano, model, count)
+    (folder / "go").touch()
+    return asking
 
 
 @each_agent
@@ -133,9 +139,7 @@ async def test_agent_gets_an_answer(jano: Running, agent: str, tmp_path: Path) -
 async def test_agent_gets_a_stream_behind_a_swap_and_heartbeats(
     jano: Running, agent: str, tmp_path: Path
 ) -> None:
-    asking = asyncio.create_task(ask(jano, agent, "code", tmp_path))
-    await behind_heartbeats(jano, "code")
-    (tmp_path / "go").touch()
+    asking = await asked_behind_heartbeats(jano, agent, "code", tmp_path)
     assert "I am code." in await asking
 
 
@@ -162,9 +166,7 @@ async def test_agent_tells_its_user_soon_why_a_model_cannot_be_loaded(
 async def test_agent_tells_its_user_soon_why_a_model_cannot_be_loaded_behind_heartbeats(
     jano: Running, agent: str, tmp_path: Path
 ) -> None:
-    asking = asyncio.create_task(ask(jano, agent, "broken", tmp_path))
-    await behind_heartbeats(jano, "broken")
-    (tmp_path / "go").touch()
+    asking = await asked_behind_heartbeats(jano, agent, "broken", tmp_path)
     began = time.monotonic()
     assert BROKEN in (await asking).replace("\\", "")
     assert time.monotonic() - began < SOON
@@ -173,9 +175,7 @@ async def test_agent_tells_its_user_soon_why_a_model_cannot_be_loaded_behind_hea
 async def test_codex_takes_heartbeats_for_life_in_a_wait_longer_than_its_patience(
     jano: Running, tmp_path: Path
 ) -> None:
-    asking = asyncio.create_task(ask(jano, "codex", "code", tmp_path))
-    await behind_heartbeats(jano, "code", count=50)  # 2.5 s
-    (tmp_path / "go").touch()
+    asking = await asked_behind_heartbeats(jano, "codex", "code", tmp_path, count=50)  # 2.5 s
     assert "I am code." in await asking
 
 
