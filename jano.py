@@ -133,8 +133,9 @@ class Schedule:
         self.linger = linger  # LINGER_MS
         self.slots: dict[str, int] = {}  # model -> how many of its tickets may be in flight
         self.set_of: dict[str, str] = {}  # model -> its set, or else its own name
-        # Tier and model -> its tickets, oldest first; nothing for who has none.
-        self.queues: dict[tuple[int, str], OrderedDict[Ticket, None]] = {}
+        # Tier and model -> its tickets, oldest first: an ordered set, which any can leave quickly.
+        self.queues: defaultdict[tuple[int, str], OrderedDict[Ticket, None]]
+        self.queues = defaultdict(OrderedDict)
         self.in_flight: set[Ticket] = set()
         self.loaded: str | None = None  # the set that owns the memory
         self.loaded_at = 0.0
@@ -156,8 +157,7 @@ class Schedule:
             gap = now - self.idle_since.pop(name)
             if ticket.granted is None:
                 self.gaps.setdefault(name, deque(maxlen=2)).append(gap)
-        # An ordered set, which any ticket can leave quickly.
-        queue = self.queues.setdefault((ticket.tier, ticket.model), OrderedDict())
+        queue = self.queues[ticket.tier, ticket.model]
         queue[ticket] = None
         queue.move_to_end(ticket, last=ticket.granted is None)
         if now > self.forget_at.pop(name, math.inf):
@@ -167,15 +167,16 @@ class Schedule:
 
     def leave(self, ticket: Ticket, now: float) -> None:
         """Its turn is over, or its client has left the queue; twice does no harm."""
-        if ticket in self.in_flight:
-            self.in_flight.remove(ticket)
-        else:
-            self._dequeue(ticket)
+        self.in_flight.discard(ticket)
+        self.queues[ticket.tier, ticket.model].pop(ticket, None)
         name = self.set_of[ticket.model]
-        if name in self.waiting_since and not self.depth(name):
+        if self.depth(name):
+            return
+        if name in self.waiting_since:
             lasted = now - self.waiting_since[name]
             self.forget_at.setdefault(name, now + min(lasted, MEMORY))
-        self._note_idle(name, now)
+        if name not in [self.set_of[other.model] for other in self.in_flight]:
+            self.idle_since.setdefault(name, now)
 
     def unload(self, now: float) -> None:
         """Nothing is loaded any more: a swap begins, the memory is freed, a backend has died."""
@@ -197,17 +198,19 @@ class Schedule:
         self.draining_since = None
         if cost is not None:
             self.cost[name] = (self.cost.get(name, cost) + cost) / 2
-        self._note_idle(name, now)
+        if not self.depth(name):
+            self.idle_since.setdefault(name, now)
 
     def advance(self, now: float) -> list[Ticket]:
         """Grant every turn that there is now; `decision` is what remains to be done."""
         granted = []
-        while True:
+        self.decision = NOTHING
+        while any(self.queues.values()):
             self.decision = decide(self, now)
             ticket = self.decision.serve
             if ticket is None:
                 break
-            self._dequeue(ticket)
+            del self.queues[ticket.tier, ticket.model][ticket]
             self.in_flight.add(ticket)
             ticket.granted = now
             self.longest_wait = max(self.longest_wait, now - max(ticket.arrived, self.loaded_at))
@@ -220,26 +223,21 @@ class Schedule:
 
     def waiting(self, name: str | None = None) -> list[Ticket]:
         """The tickets that wait: for one set, or all."""
-        return [ticket for queue in self.queues_of(name) for ticket in queue]
+        tickets = [ticket for queue in self.queues.values() for ticket in queue]
+        return [ticket for ticket in tickets if name in (None, self.set_of[ticket.model])]
 
     def depth(self, name: str | None = None) -> int:
         """How many tickets wait: for one set, or all."""
-        return sum(map(len, self.queues_of(name)))
-
-    def queues_of(self, name: str | None) -> list[OrderedDict[Ticket, None]]:
         items = self.queues.items()
-        return [queue for (_, model), queue in items if name in (None, self.set_of[model])]
+        return sum(
+            [len(queue) for (_, model), queue in items if name in (None, self.set_of[model])]
+        )
 
     def heads(self) -> list[Ticket]:
         """The oldest ticket of each model that waits in the most urgent tier, oldest first."""
-        urgent, _ = min(self.queues, default=(DEFAULT, ""))
-        heads = [next(iter(queue)) for (tier, _), queue in self.queues.items() if tier == urgent]
-        heads.sort(key=attrgetter("arrived"))
-        return heads
-
-    def has_slot(self, ticket: Ticket) -> bool:
-        running = [other.model for other in self.in_flight]
-        return running.count(ticket.model) < self.slots[ticket.model]
+        heads = [next(iter(queue)) for queue in self.queues.values() if queue]
+        heads.sort(key=attrgetter("tier", "arrived"))
+        return [ticket for ticket in heads if ticket.tier == heads[0].tier]
 
     def waits_since(self, ticket: Ticket) -> float:
         """Since when its set waits to be loaded."""
@@ -255,27 +253,14 @@ class Schedule:
         names = (self.loaded or "", self.set_of[ticket.model])
         return sum(self.cost.get(name, 0.0) for name in names)
 
-    def _dequeue(self, ticket: Ticket) -> None:
-        queue = self.queues.get((ticket.tier, ticket.model), OrderedDict())
-        if ticket in queue:
-            del queue[ticket]
-            if not queue:
-                del self.queues[ticket.tier, ticket.model]
-
-    def _note_idle(self, name: str, now: float) -> None:
-        running = any(self.set_of[ticket.model] == name for ticket in self.in_flight)
-        if not running and not self.depth(name):
-            self.idle_since.setdefault(name, now)
-
 
 def decide(schedule: Schedule, now: float) -> Decision:
     """What to do now: serve the loaded set until its turn ends, then swap. It changes nothing."""
-    if not schedule.queues:
-        return NOTHING
-    loaded, queue = schedule.loaded, schedule.heads()
+    loaded, queue, slots = schedule.loaded, schedule.heads(), schedule.slots
     favoured = [ticket for ticket in queue if schedule.set_of[ticket.model] == loaded]
     others = [ticket for ticket in queue if schedule.set_of[ticket.model] != loaded]
-    ready = [ticket.model for ticket in favoured if schedule.has_slot(ticket)]
+    running = [ticket.model for ticket in schedule.in_flight]
+    ready = [head.model for head in favoured if running.count(head.model) < slots[head.model]]
     first = take_next(queue, ready)
     serve = first if ready else None
     if first is None or not others:
@@ -368,10 +353,11 @@ class Worker:
         self.drained = asyncio.Event()  # when nothing is in flight; `unload` clears it
         self.holds: set[str] = set()  # why no turn is granted now: "check", "unload"
         self.timer: asyncio.TimerHandle | None = None  # of the next `advance`
+        self.unload_at = math.inf  # when what is loaded will have been idle for IDLE_UNLOAD_MS
         self.swapping: str | None = None  # what is being loaded
         self.swap_began = 0.0
         self.stage = ("", "")  # what to report if the deadline passes now, and its detail
-        self.loading: asyncio.Task[None] | None = None  # the script and the wait for readiness
+        self.deadline: asyncio.Timeout | None = None  # of the swap, unless it is abandoned or over
         self.abandoned: set[str] = set()  # sets whose last swap was abandoned; the next goes on
         self.restart: set[str] = set()  # sets to load with JANO_RESTART=1
         self.failures: dict[str, tuple[int, float]] = {}  # set -> failures in a row, when the last
@@ -397,23 +383,10 @@ class Worker:
 
     @contextlib.asynccontextmanager
     async def turn(self, ticket: Ticket) -> AsyncIterator[None]:
-        """Queued, then granted; given back on the way out, however it ends. Raises ApiError."""
-        self.refuse_if_hopeless(ticket)
-        if ticket.granted is None:
-            self.jano.telemetry.arrived(self.group, self.schedule.set_of[ticket.model])
-        self.schedule.arrive(ticket, clock())
-        try:
-            self.advance()
-            if ticket not in self.schedule.in_flight:
-                ticket.turn = asyncio.get_running_loop().create_future()
-                await ticket.turn
-            yield
-        finally:
-            self.schedule.leave(ticket, clock())
-            self.advance()
+        """Queued, then granted; given back on the way out, however it ends.
 
-    def refuse_if_hopeless(self, ticket: Ticket) -> None:
-        """Raises ApiError if the worker is closed, or the ticket's set failed to load too often."""
+        Raises ApiError if the worker is closed, or the ticket's set failed to load (too often).
+        """
         if self.refusal:
             raise self.refusal()
         name = self.schedule.set_of[ticket.model]
@@ -426,6 +399,17 @@ class Worker:
                 text = f'"{name}" failed to load {fails} times in a row; next try in {seconds} s'
                 raise ApiError(503, text, "backend_unavailable", NO_RETRY)
             del self.failures[name]
+        if ticket.granted is None:
+            self.jano.telemetry.arrived(self.group, name)
+        ticket.turn = asyncio.get_running_loop().create_future()
+        self.schedule.arrive(ticket, clock())
+        try:
+            self.advance()
+            await ticket.turn
+            yield
+        finally:
+            self.schedule.leave(ticket, clock())
+            self.advance()
 
     def advance(self) -> None:
         """After any change: grant the turns that there are now, and note what is left to do.
@@ -437,29 +421,28 @@ class Worker:
         schedule = self.schedule
         if not self.holds:
             for ticket in schedule.advance(now):
-                resolve(ticket)
-        in_vain = schedule.queues and not schedule.depth(self.swapping)
-        if self.loading and in_vain and self.swapping not in self.abandoned:
-            self.loading.cancel()  # nobody waits for this swap any more, but others do
-        unload_at = self.unload_at()
+                if ticket.turn and not ticket.turn.done():  # done: its client has just left
+                    ticket.turn.set_result(None)
+        waiting = any(schedule.queues.values())
+        deadline = self.deadline
+        in_vain = deadline and waiting and not schedule.depth(self.swapping)
+        if in_vain and deadline and not (deadline.expired() or self.swapping in self.abandoned):
+            deadline.reschedule(0)  # nobody waits for this swap any more, but others do
+            self.deadline = None
+        idle = not schedule.in_flight and not waiting
+        self.unload_at = math.inf
+        if self.settings.idle_unload and schedule.loaded and idle:
+            since = schedule.idle_since.get(schedule.loaded, schedule.loaded_at)
+            self.unload_at = max(since, schedule.loaded_at) + self.settings.idle_unload
         if not schedule.in_flight:
             self.drained.set()
-            if schedule.decision.swap_to is not None or now >= unload_at:
+            if schedule.decision.swap_to is not None or now >= self.unload_at:
                 self.due.set()
         if self.timer:
             self.timer.cancel()
-        wake_at = min(schedule.decision.until or math.inf, unload_at)
+        wake_at = min(schedule.decision.until or math.inf, self.unload_at)
         if now < wake_at < math.inf:
             self.timer = asyncio.get_running_loop().call_later(wake_at - now, self.advance)
-
-    def unload_at(self) -> float:
-        """When what is loaded will have been idle for IDLE_UNLOAD_MS; inf: not in sight."""
-        schedule = self.schedule
-        busy = schedule.in_flight or schedule.queues
-        if not self.settings.idle_unload or schedule.loaded is None or busy:
-            return math.inf
-        since = schedule.idle_since.get(schedule.loaded, schedule.loaded_at)
-        return max(since, schedule.loaded_at) + self.settings.idle_unload
 
     async def run(self) -> None:
         """Find out what is loaded; then do what is due, for ever."""
@@ -481,7 +464,7 @@ class Worker:
                     pass  # turns were granted while we waited for the lock; their end sets due
                 elif swap_to is not None:
                     await self.swap(swap_to)
-                elif clock() >= self.unload_at():
+                elif clock() >= self.unload_at:
                     with contextlib.suppress(ApiError):  # it is in the log
                         await self.free_memory()
             self.advance()
@@ -565,24 +548,23 @@ class Worker:
     async def bring_up(self, name: str, previous: str | None) -> None:
         """Script and readiness, under one deadline. Raises SwapFailed or SwapAbandoned."""
         timeout = self.settings.swap_wait_timeout
+        failure: Exception
         with Script(self, name, previous) as script:
-            self.loading = asyncio.create_task(wait_until_ready(self, name, script))
             try:
-                await asyncio.wait({self.loading}, timeout=timeout)
-                if self.loading.cancelled():
-                    raise SwapAbandoned
-                if not self.loading.done():
-                    stage, detail = self.stage
-                    why = f"{stage} after {timeout:g} s{detail}"
-                    raise SwapFailed(why, stderr=script.last_line())
-                self.loading.result()
-            except (SwapFailed, SwapAbandoned):
-                self.loading.cancel()
-                await script.stop()
-                raise
-            finally:  # when jano stops, too; the script then goes on alone
-                self.loading.cancel()
-                self.loading = None
+                async with asyncio.timeout(timeout) as self.deadline:
+                    return await wait_until_ready(self, name, script)
+            except (SwapFailed, SwapAbandoned) as error:
+                failure = error
+            except TimeoutError:
+                stage, detail = self.stage
+                text = f"{stage} after {timeout:g} s{detail}"
+                failure = SwapFailed(text, stderr=script.last_line())
+                if self.deadline is None:
+                    failure = SwapAbandoned()
+            finally:
+                self.deadline = None
+            await script.stop()  # not if jano stops: then it goes on alone
+            raise failure
 
     def swap_failed(self, name: str, previous: str | None, failure: SwapFailed) -> None:
         """Count and log it, and fail who waits for it."""
@@ -632,7 +614,8 @@ class Worker:
         """No turn will come here for these tickets, which wait."""
         for ticket in tickets:
             self.schedule.leave(ticket, clock())
-            resolve(ticket, error())
+            if ticket.turn and not ticket.turn.done():
+                ticket.turn.set_exception(error())
 
     def close(self, refusal: Callable[[], ApiError]) -> None:
         """Take no ticket any more. A script that runs, and the backends, go on."""
@@ -646,16 +629,6 @@ class Worker:
             log("error", "worker died", group=self.group, error=kind_of(task.exception()))
             text = "jano has lost its worker; its log says why"
             self.close(lambda: ApiError(503, text, "worker_died", NO_RETRY))
-
-
-def resolve(ticket: Ticket, error: ApiError | None = None) -> None:
-    """Let its handler go on, with the turn or with an error."""
-    # A client that has just left has cancelled the future, and its handler has yet to run.
-    if ticket.turn and not ticket.turn.done():
-        if error:
-            ticket.turn.set_exception(error)
-        else:
-            ticket.turn.set_result(None)
 
 
 # ------------------------------------------------------------------------------------ swap ----

@@ -1608,8 +1608,9 @@ class Group:
         assert all(count <= schedule.slots[model] for model, count in running.items())
         swap_to = schedule.decision.swap_to
         if swap_to is None:  # then whatever can be served is
-            ready = [ticket for ticket in schedule.heads() if schedule.has_slot(ticket)]
-            assert schedule.loaded not in [schedule.set_of[ticket.model] for ticket in ready]
+            for ticket in schedule.heads():
+                full = running[ticket.model] == schedule.slots[ticket.model]
+                assert full or schedule.set_of[ticket.model] != schedule.loaded
         elif not self.swapping and not schedule.in_flight:
             assert schedule.depth(swap_to)
             schedule.unload(self.now)
