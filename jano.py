@@ -1893,12 +1893,14 @@ MODEL_PART = (
 # ---------------------------------------------------------------------------------- config ----
 
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
-THIS_MACHINE = LOOPBACK | {"0.0.0.0", "::"}
 RESERVED_NAMES = ("status", "unload")  # what SWAP_COMMAND is asked besides names
 
 
 class ConfigError(ValueError):
-    """What is wrong with the configuration, in a line: where, what was found, what is expected."""
+    """What is wrong with the configuration, in a line."""
+
+    def __init__(self, where: str, found: str, expected: str) -> None:
+        super().__init__(f"{where}: found {found}, expected {expected}")
 
 
 class Kind(NamedTuple):
@@ -1914,8 +1916,7 @@ class Kind(NamedTuple):
             converted = self.convert(value)
             if converted is not None:
                 return converted
-        found = shown(value, self.is_secret)
-        raise ConfigError(f"{where}: found {found}, expected {self.expected}")
+        raise ConfigError(where, shown(value, self.is_secret), self.expected)
 
 
 def matching(pattern: str, expected: str, is_secret: bool = False) -> Kind:
@@ -2086,32 +2087,31 @@ def load_settings(environ: Mapping[str, str]) -> Settings:
     dotenv = read_dotenv(Path(".env"))
     values: dict[str, Any] = {}
     for each in fields(Settings):
-        name = each.metadata["variable"]
-        text = environ.get(name) or dotenv.get(name) or each.metadata["default"]
+        kind, default, name = each.metadata.values()
+        text = environ.get(name) or dotenv.get(name) or default
         if text is None:
-            raise ConfigError(f"{name}: not set, expected {SCRIPT.expected}, in {os.getcwd()}/.env")
+            raise ConfigError(f"{name}: not set", f"none in {os.getcwd()}/.env", kind.expected)
         where = "environment" if environ.get(name) else ".env"
-        values[each.name] = each.metadata["kind"].read(f"{where}: {name}", text)
+        values[each.name] = kind.read(f"{where}: {name}", text)
     return Settings(**values)
 
 
 def read_dotenv(file: Path) -> dict[str, str]:
-    """Its KEY=value lines; quotes around a value, and `export` before a key, are dropped."""
-    known = {each.metadata["variable"] for each in fields(Settings)}
-    values: dict[str, str] = {}
+    """Jano's KEY=value lines; quotes around a value, and `export` before a key, are dropped."""
+    names = "|".join(each.metadata["variable"] for each in fields(Settings))
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines() if file.exists() else []
     except (OSError, ValueError) as error:
-        raise ConfigError(f".env: found {why(error)}, expected KEY=value lines") from None
+        raise ConfigError(".env", why(error), "KEY=value lines") from None
+    values: dict[str, str] = {}
     for index, line in enumerate(lines, 1):
-        match = re.match(r"""\s*(?:export\s+)?(["']?)(\w+)(\s*=)?(.*)""", line)
-        if not match or match[2] not in known:
-            continue
-        if match[1] or not match[3]:
-            raise ConfigError(f".env: line {index}: found {match[2]} without =, expected KEY=value")
-        value = match[4].strip()
-        quoted = re.fullmatch(r"""(["'])((?:(?!\1).)*)\1(\s+#.*)?""", value)
-        values[match[2]] = quoted[2] if quoted else re.sub(r"(^|\s+)#.*", "", value)
+        match = re.match(rf"""\s*(?:export\s+)?(["']?)({names})\b(\s*=)?(.*)""", line)
+        if match:
+            quote, name, equals, text = match.groups()
+            if quote or not equals:
+                raise ConfigError(f".env: line {index}", f"{name} without =", "KEY=value")
+            quoted = re.fullmatch(r"""(["'])((?:(?!\1).)*)\1(\s+#.*)?""", text.strip())
+            values[name] = quoted[2] if quoted else re.sub(r"(^|\s+)#.*", "", text).strip()
     return values
 
 
@@ -2119,85 +2119,59 @@ def load_models(settings: Settings) -> list[Model]:
     """The entries of MODELS_FILE, in its order. Raises ConfigError."""
     file = settings.models_file
     try:
-        text = Path(file).read_bytes()
-        registry = json.loads(
-            text, object_pairs_hook=unique, parse_float=finite, parse_constant=finite
-        )
+        registry = json.loads(Path(file).read_bytes(), object_pairs_hook=unique)
+        json.dumps(registry, allow_nan=False)  # fails for NaN and 1e400, which loads takes
     except (OSError, ValueError, RecursionError) as error:
-        expected = "a JSON file such as models.example.json"
-        raise ConfigError(f"{file}: found {why(error)}, expected {expected}") from None
+        raise ConfigError(file, why(error), "a JSON file such as models.example.json") from None
     keys = [*registry] if isinstance(registry, dict) else []
     if keys != ["models"] or not isinstance(registry["models"], list):
-        expected = '{"models": [ … ]} and nothing beside it'
-        raise ConfigError(f"{file}: found the keys {shown(keys)}, expected {expected}")
+        raise ConfigError(file, f"the keys {shown(keys)}", '{"models": [ … ]} and nothing else')
     models: list[Model] = []
+    table = {each.name: each.metadata.values() for each in fields(Model)}
     for index, entry in enumerate(registry["models"]):
-        named = isinstance(entry, dict) and "name" in entry
-        where = f"models[{index}] {shown(entry['name'])}" if named else f"models[{index}]"
-        try:
-            model = load_model(entry)
-            check_model(model, models, settings)
-        except ConfigError as error:
-            raise ConfigError(f"{file}: {where}: {error}") from None
+        where = f"{file}: models[{index}]"
+        OBJECT.read(where, entry)
+        if "name" in entry:
+            where += f" {shown(entry['name'])}"
+        for key in entry.keys() - table.keys():
+            raise ConfigError(where, f"the key {shown(key)}", f"one of {', '.join(table)}")
+        values = {}
+        for key, (kind, default, _) in table.items():
+            if key not in entry and default is None:
+                raise ConfigError(f"{where}: {key}", "it missing", kind.expected)
+            values[key] = kind.read(f"{where}: {key}", entry[key]) if key in entry else default
+        model = Model(**values)
+        check_model(where, model, models, settings)
         models.append(model)
     if all(model.passthrough for model in models):
-        found = f"found {len(models)} and none to swap"
-        raise ConfigError(f"{file}: models: {found}, expected one that is not passthrough")
+        raise ConfigError(f"{file}: models", "none to swap", "one that is not passthrough")
     return models
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object. Raises ValueError if a key is in it twice."""
-    [(key, count)] = Counter(key for key, _ in pairs).most_common(1) or [("", 0)]
-    if count > 1:
-        raise ValueError(f"the key {shown(key)} twice in an object")
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"a key twice in {shown([key for key, _ in pairs])}")
     return dict(pairs)
 
 
-def finite(digits: str) -> float:
-    """A JSON number. Raises ValueError if JSON cannot hold it."""
-    value = float(digits)
-    if not math.isfinite(value):
-        raise ValueError(f"{digits}, which is no JSON number")
-    return value
-
-
-def load_model(entry: object) -> Model:
-    """One entry, read by the table of keys. Raises ConfigError."""
-    if not isinstance(entry, dict):
-        raise ConfigError(f"found {shown(entry)}, expected an object")
-    values: dict[str, Any] = {}
-    for each in fields(Model):
-        values[each.name] = each.metadata["default"]
-        if each.name in entry:
-            values[each.name] = each.metadata["kind"].read(each.name, entry[each.name])
-        elif values[each.name] is None:
-            raise ConfigError(f"{each.name}: missing, expected in every entry")
-    for key in entry:
-        if key not in values:
-            raise ConfigError(f"found the key {shown(key)}, expected one of {', '.join(values)}")
-    return Model(**values)
-
-
-def check_model(model: Model, earlier: list[Model], settings: Settings) -> None:
+def check_model(where: str, model: Model, earlier: list[Model], settings: Settings) -> None:
     """What an entry must not share with jano or with an earlier one. Raises ConfigError."""
     url, host = model.url, settings.host.lower()
     port = url.port or {"http": 80, "https": 443}[url.scheme]
-    same_host = url.hostname == host or {url.hostname, host} <= THIS_MACHINE
+    same_host = url.hostname == host or {url.hostname, host} <= LOOPBACK | {"0.0.0.0", "::"}
     if same_host and port == settings.port:
-        raise ConfigError(f"url: found {shown(url.geturl())}, jano itself, expected a backend")
+        raise ConfigError(f"{where}: url", f"{shown(url.geturl())}, jano itself", "a backend")
     if model.set and model.passthrough:
-        raise ConfigError("set: found with passthrough, expected one of the two")
+        raise ConfigError(f"{where}: set", "it with passthrough", "one of the two")
     for other in earlier:
         for name in model.keys & other.keys:
-            expected = f"names that differ by more than case from those of {shown(other.name)}"
-            raise ConfigError(f"found the name {shown(name)}, expected {expected}")
-        if model.set and model.set == other.set and model.group != other.group:
-            raise ConfigError(f"set: found {shown(model.set)} in two groups, expected it in one")
-        if model.set != other.set and (model.set == other.name or other.set == model.name):
-            outside = model.set if model.set == other.name else other.set
-            found = f"found {shown(outside)}, which is a model outside this set, too"
-            raise ConfigError(f"set: {found}, expected another name")
+            expected = f"none that {shown(other.name)} has, in any case"
+            raise ConfigError(where, f"the name {shown(name)}", expected)
+        shared = {model.name, model.set} & {other.name, other.set} - {""}
+        if shared and (model.group, model.set) != (other.group, other.set):
+            found = f"{shown(min(shared))}, the name or set of {shown(other.name)}, too"
+            raise ConfigError(f"{where}: set", found, "one set in one group, or another name")
 
 
 def shown(value: object, is_secret: bool = False) -> str:
