@@ -1904,121 +1904,88 @@ class ConfigError(ValueError):
 
 
 class Kind(NamedTuple):
-    """How a setting is read: what is expected, and a converter (None, or an error: it is bad)."""
+    """How a setting or a key is read: by a pattern for each text in it, or by a converter."""
 
     expected: str
-    convert: Callable[[Any], Any]
+    check: str | Callable[[Any], Any]  # if it returns None or fails, the value is bad
+    json_type: type = str
     is_secret: bool = False
 
     def read(self, where: str, value: Any) -> Any:
         """What is used of the value. Raises ConfigError."""
-        with contextlib.suppress(ValueError, TypeError, AttributeError, IndexError, OSError):
-            converted = self.convert(value)
-            if converted is not None:
-                return converted
-        raise ConfigError(where, shown(value, self.is_secret), self.expected)
+        used = None
+        with contextlib.suppress(ValueError, TypeError, LookupError, OSError):
+            if type(value) is self.json_type:
+                used = self.check(value) if callable(self.check) else fitting(self.check, value)
+        if used is None:
+            raise ConfigError(where, shown(value, self.is_secret), self.expected)
+        return used
 
 
-def matching(pattern: str, expected: str, is_secret: bool = False) -> Kind:
-    """A text that all of the pattern fits."""
-    return Kind(expected, lambda value: re.fullmatch(f"(?i:{pattern})", value) and value, is_secret)
+def fitting(pattern: str, value: Any) -> Any:
+    """The value, if all of each text in it fits, else None; an object's texts are `key: text`."""
+    texts = [value] if isinstance(value, str) else value
+    if isinstance(value, dict):
+        texts = map(": ".join, value.items())
+    return value if all(re.fullmatch(pattern, text) for text in texts) else None
 
 
-def number(
-    least: int, most: int = 10**9, unit: float = 1, spell: Callable[[Any], str] = str
-) -> Kind:
-    """A whole number, multiplied by unit; spell makes the text that must be digits."""
-
-    def convert(value: Any) -> float | None:
-        count = int(value) if re.fullmatch("[0-9]{1,10}", spell(value)) else -1
-        return count * unit if least <= count <= most else None
-
-    return Kind(f"a whole number from {least} to {most}", convert)
+def number(least: int, most: int = 10**9, unit: float = 1, json_type: type = str) -> Kind:
+    """A whole number, which is multiplied by unit."""
+    expected = f"a whole number from {least} to {most}"
+    return Kind(expected, lambda n: int(n) * unit if least <= int(n) <= most else None, json_type)
 
 
-def list_of(pattern: str, expected: str) -> Kind:
-    """A list of texts that the pattern fits."""
-
-    def convert(values: Any) -> list[str] | None:
-        good = [re.fullmatch(pattern, value) for value in list.copy(values)]
-        return values if all(good) else None
-
-    return Kind(expected, convert)
+def each_of(text: str, convert: Callable[[str], str]) -> list[str] | None:
+    """The parts of a comma-separated text in lower case, converted; None if one becomes ""."""
+    parts = [convert(part.strip().lower()) for part in text.split(",") if part.strip()]
+    return parts if all(parts) else None
 
 
-def header_table(headers: dict[str, str]) -> dict[str, str] | None:
-    """Headers for a backend; None if one is bad, or jano's own."""
-    for name, value in headers.items():
-        good = re.fullmatch(r"(?i)[!#$%&'*+.^_`|~0-9a-z-]+: [\t -~]*", name + ": " + value)
-        if not good or name.lower().encode() in HOP_BY_HOP:
-            return None
-    return headers
-
-
-def address(value: str) -> SplitResult | None:
-    """A backend's, without a trailing "/" or "/v1"; None if it is none."""
-    url = urlsplit(value.rstrip("/").removesuffix("/v1").rstrip("/"))
-    # These fail if the name is none that can be looked up, or the port is out of range.
-    good = (url.hostname or "").encode("idna") and url.port != 0
-    return url if good and re.fullmatch(r"https?://[^\s?#@\\]+", value) else None
-
-
-def host_names(value: str) -> list[str] | None:
-    """Those in a comma-separated text; None if one of them is none."""
-    names = [host_name(part) for part in words(value)]
-    return names if all(names) else None
-
-
-def words(value: str) -> list[str]:
-    """The parts of a comma-separated text, in lower case."""
-    return [part.strip().lower() for part in value.split(",") if part.strip()]
-
-
-def origins(value: str) -> list[str] | None:
-    """Patterns for what a browser may say of its page (RFC 6454, 6.2)."""
+def origin_regex(origin: str) -> str:
+    """For what a browser may say of its page (RFC 6454, 6.2); "" if nothing can match it."""
     host = r"([^\s/*?#@:\[\]]+|\[[0-9a-f:.]+\])"
     forms = rf"\*|null|file://|[a-z][a-z0-9+.-]*://(\*|{host}(:\*|(?!:(80|443)\Z):[0-9]+)?)"
-    patterns = []
-    for origin in words(value):
-        port = re.search(r":([0-9]+)\Z", origin)
-        if not re.fullmatch(forms, origin) or (port and int(port[1]) > 65535):
-            return None
-        pattern = re.escape(origin).replace(r":\*", "(:[0-9]+)?")
-        patterns.append(pattern.replace(r"\*", ".*"))
-    return patterns
+    port = urlsplit(origin.removesuffix("*")).port  # fails if it is out of range
+    pattern = re.escape(origin).replace(r":\*", "(:[0-9]+)?").replace(r"\*", ".*")
+    return pattern if re.fullmatch(forms, origin) and port != 0 else ""
 
 
-def full_path(value: str) -> str:
-    return os.path.abspath(os.path.expanduser(value))
+def address(text: str) -> SplitResult | None:
+    """A backend's, without a trailing "/" or "/v1"; None if it is none."""
+    url = urlsplit(text.rstrip("/").removesuffix("/v1").rstrip("/"))
+    # These fail if the name is none that can be looked up, or the port is out of range.
+    good = (url.hostname or "").encode("idna") and url.port != 0
+    return url if good and re.fullmatch(r"https?://[^\s?#@\\]+", text) else None
 
 
-def command(value: str) -> tuple[str, ...] | None:
+def full_path(text: str) -> str:
+    return os.path.abspath(os.path.expanduser(text))
+
+
+def command(text: str) -> list[str] | None:
     """SWAP_COMMAND's argv: the path of a script (spaces and ~ allowed), or a command line."""
-    argv = [value] if os.path.isfile(full_path(value)) else shlex.split(value)
+    argv = [text] if os.path.isfile(full_path(text)) else shlex.split(text)
     path = shutil.which(full_path(argv[0])) or shutil.which(argv[0])
-    return (path, *argv[1:]) if path else None
+    return [path, *argv[1:]] if path else None
 
 
 # Fit to be a script's argument: no control character, no half surrogate.
 FIT = r"[^\0-\x1f\x7f\ud800-\udfff]+"
-TEXT = matching(FIT, "a text")
-LOADABLE = matching(rf"(?!(status|unload)\Z){FIT}", 'a text other than "status" and "unload"')
-TEXTS = list_of(FIT, "a list of texts")
-ROUTES = list_of(r"[^\s?#*:]+", "a list of paths such as /v1/embeddings")
-TRUTH = Kind("true or false", lambda value: value if isinstance(value, bool) else None)
-OBJECT = Kind("an object", dict.copy)
-HEADERS = Kind("headers, none of them jano's own, and their ASCII texts", header_table, True)
+HEADER = rf"(?i)(?!({b'|'.join(HOP_BY_HOP).decode()}):)[!#$%&'*+.^_`|~0-9a-z-]+: [\t -~]*"
+TEXT = Kind("a text", FIT)
+LOADABLE = Kind('a text other than "status" and "unload"', rf"(?i)(?!(status|unload)\Z){FIT}")
+TEXTS = Kind("a list of texts", FIT, list)
+ROUTES = Kind("a list of paths such as /v1/embeddings", r"[^\s?#*:]+", list)
+TRUTH = Kind("true or false", bool, bool)
+OBJECT = Kind("an object", dict, dict)
+HEADERS = Kind("headers, none that jano makes, and their ASCII texts", HEADER, dict, is_secret=True)
 ADDRESS = Kind("an http or https address such as http://127.0.0.1:8081", address)
-KEY = matching(
-    rf"(?!\s)({FIT})?(?<!\s)", "a text without control characters, or spaces around it", True
-)
-PATH = matching(r"/[^\s#\0-\x1f\x7f]*", "a path such as /health")
+KEY = Kind("printable text, no spaces around it", rf"(?!\s)({FIT})?(?<!\s)", is_secret=True)
 SCRIPT = Kind("the path of your swap script, executable (chmod +x), without $VARIABLES", command)
-ORIGINS = Kind("* or origins such as http://localhost:* or app://*", origins)
-HOST_NAMES = Kind("host names such as box.lan, or [::1]", host_names)
-HOST = matching(
-    r"[\w.-]+|[0-9a-f]*:[0-9a-f]*:[0-9a-f:.]*(%\w+)?", "a name, or an address such as ::1"
-)
+ORIGINS = Kind("* or origins such as http://localhost:*", lambda text: each_of(text, origin_regex))
+HOSTS = Kind("host names such as box.lan, or [::1]", lambda text: each_of(text, host_name))
+HOST = Kind("a name or address such as ::1", r"(?i)[\w.-]+|[\da-f]*:[\da-f]*:[\da-f:.]*(%\w+)?")
 milliseconds = functools.partial(number, unit=1 / 1000)
 
 
@@ -2031,7 +1998,7 @@ def option(kind: Kind, default: Any = None, variable: str = "") -> Any:
 class Settings:
     """The variables of the environment or .env as they are used: times in seconds."""
 
-    swap_command: tuple[str, ...] = option(SCRIPT, None, "SWAP_COMMAND")
+    swap_command: list[str] = option(SCRIPT, None, "SWAP_COMMAND")
     models_file: str = option(Kind("a path", full_path), "./models.json", "MODELS_FILE")
     host: str = option(HOST, "127.0.0.1", "JANO_HOST")
     port: int = option(number(0, 65535), "8082", "JANO_PORT")
@@ -2048,7 +2015,7 @@ class Settings:
     idle_unload: float = option(milliseconds(0), "0", "IDLE_UNLOAD_MS")
     api_key: str = option(KEY, "", "JANO_API_KEY")
     cors_origins: list[str] = option(ORIGINS, "", "JANO_CORS_ORIGINS")
-    allowed_hosts: list[str] = option(HOST_NAMES, "", "JANO_ALLOWED_HOSTS")
+    allowed_hosts: list[str] = option(HOSTS, "", "JANO_ALLOWED_HOSTS")
     usage_records_max: int = option(number(1), "500", "USAGE_RECORDS_MAX")
     shutdown_timeout: float = option(milliseconds(0), "30000", "SHUTDOWN_TIMEOUT_MS")
 
@@ -2067,11 +2034,11 @@ class Model:
     label: str = option(TEXT, "")
     group: str = option(TEXT, "default")
     set: str = option(LOADABLE, "")
-    slots: int = option(number(1, spell=json.dumps), 1)
+    slots: int = option(number(1, json_type=int), 1)
     passthrough: bool = option(TRUTH, False)
     endpoints: list[str] = option(ROUTES, [])
     upstream_model: str = option(TEXT, "")
-    health: str = option(PATH, "/health")
+    health: str = option(Kind("a path such as /health", r"/[^\s#\0-\x1f\x7f]*"), "/health")
     headers: dict[str, str] = option(HEADERS, {})
     unlisted: bool = option(TRUTH, False)
     metadata: dict[str, Any] = option(OBJECT, {})
