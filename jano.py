@@ -1388,7 +1388,7 @@ class Jano:
         self.last_id = 0
         self.port = 0
         self.hosts: set[str] = set()  # whose names are known; empty: any
-        self.stopping = False
+        self.stopping = asyncio.Event()
         self.routes: dict[str, tuple[str, Handler]] = {
             **dict.fromkeys((*HEALTH_ROUTES, "/status"), ("GET", self.get_health)),
             **dict.fromkeys(("/models", "/v1/models", "/v1/models/"), ("GET", self.get_models)),
@@ -1638,7 +1638,7 @@ class Jano:
 
     def begin(self, call: Call) -> None:
         """Admit the call and time its heartbeats. Raises ApiError (503, or 409: not loaded)."""
-        if self.stopping:
+        if self.stopping.is_set():
             raise SHUTTING_DOWN()
         if call.worker:
             size = len(call.body)
@@ -2660,23 +2660,23 @@ async def run(settings: Settings, models: list[Model]) -> int:
     server = web.Server(jano.handle, request_factory=make_request, handler_cancellation=True)
     options: dict[str, Any] = {"loop": loop, "access_log": None, **LIMITS}
     connect = functools.partial(Connection, server, **options)
-    place = (settings.host, settings.port)
     try:  # the port first: a second jano shall not even call `SWAP_COMMAND status`
-        listener = await loop.create_server(connect, *place, backlog=1024)
+        listener = await loop.create_server(connect, settings.host, settings.port, backlog=1024)
     except (OSError, UnicodeError) as error:
         return await explain_port(settings, error)
-    addresses = [listening.getsockname()[:2] for listening in listener.sockets]
-    jano.port = addresses[0][1]
-    jano.hosts = known_hosts(settings, {address for address, _ in addresses})
+    jano.port = listener.sockets[0].getsockname()[1]
+    addresses = {listening.getsockname()[0] for listening in listener.sockets}
+    # JANO_HOST does not tell: it may be 0x7f.1, or the machine's name, which often is loopback.
+    if all(address == "::1" or address.startswith("127.") for address in addresses):
+        own_names = {settings.host.lower(), socket.gethostname().lower()} - {""}
+        jano.hosts = LOOPBACK | addresses | own_names | {*settings.allowed_hosts}
     jano.adopt(models)
-    stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        loop.add_signal_handler(number, on_signal, jano, stop, number)
+        loop.add_signal_handler(number, on_signal, jano, number)
     log("info", "jano listening", host=settings.host, port=jano.port, models=list(jano.models))
     if not (jano.hosts or settings.api_key):
         log("warn", "everybody who reaches this host may ask: set JANO_API_KEY")
-    await stop.wait()
-    jano.stopping = True
+    await jano.stopping.wait()
     for worker in jano.workers.values():  # what is queued fails; what is in flight may finish
         worker.close(SHUTTING_DOWN)
     if jano.calls:
@@ -2693,25 +2693,14 @@ async def run(settings: Settings, models: list[Model]) -> int:
     return 0
 
 
-def known_hosts(settings: Settings, addresses: set[str]) -> set[str]:
-    """What a Host header may name if jano listens on loopback alone; else the empty set: anything.
-
-    The addresses tell: JANO_HOST may be 0x7f.1 or the machine's name, which often is loopback.
-    """
-    if not all(address == "::1" or address.startswith("127.") for address in addresses):
-        return set()
-    hosts = LOOPBACK | addresses | {settings.host.lower(), socket.gethostname().lower()}
-    return (hosts | {*settings.allowed_hosts}) - {""}
-
-
-def on_signal(jano: Jano, stop: asyncio.Event, number: signal.Signals) -> None:
+def on_signal(jano: Jano, number: signal.Signals) -> None:
     """SIGHUP: read models.json again; one with a fault changes nothing. Else stop."""
     log("info", "received signal", sig=number.name)
     if number != signal.SIGHUP:
-        if stop.is_set():
+        if jano.stopping.is_set():
             os._exit(1)  # it was told twice
-        stop.set()
-    elif not stop.is_set():
+        jano.stopping.set()
+    elif not jano.stopping.is_set():
         try:
             jano.adopt(load_models(jano.settings))
             log("info", "models reloaded", models=list(jano.models))
