@@ -2613,24 +2613,18 @@ class Connection(web.RequestHandler):
     """aiohttp's HTTP; but its own errors take an API's shape, and quote no client in the log."""
 
     def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
+        self, request: web.BaseRequest, status: int = 500, exc: Any = None, message: Any = None
     ) -> web.StreamResponse:
-        error = ApiError(
-            status, "this is not valid HTTP; jano does not speak https", "invalid_http"
-        )
-        if isinstance(exc, LineTooLong) or "Too many headers" in str(exc):
-            error = ApiError(431, "the headers are larger than 64 kB", "headers_too_large")
-        elif isinstance(exc, ContentEncodingError):  # br or zstd, without their packages
-            error = ApiError(status, "send the body as gzip, deflate or plain", "invalid_body")
-        elif status >= 500:
-            error = ApiError(status, "jano failed; its log says where", "bug")
         level, msg = ("error", "handler failed") if status >= 500 else ("warn", "bad request")
         log(level, msg, error=kind_of(exc))
-        response = error.response(request)
+        text, code = "this is not valid HTTP; jano does not speak https", "invalid_http"
+        if isinstance(exc, LineTooLong) or "Too many headers" in str(exc):
+            status, text, code = 431, "the headers are larger than 64 kB", "headers_too_large"
+        elif isinstance(exc, ContentEncodingError):  # br or zstd, without their packages
+            text, code = "send the body as gzip, deflate or plain", "invalid_body"
+        elif status >= 500:
+            text, code = "jano failed; its log says where", "bug"
+        response = ApiError(status, text, code).response(request)
         response.force_close()
         return response
 
@@ -2643,8 +2637,7 @@ def kind_of(error: BaseException | None) -> str:
 
 
 def abort(request: web.BaseRequest) -> None:
-    """Break the connection, so that nobody takes a cut answer for a whole one. With a reset: the
-    plain end of a connection is how an HTTP/1.0 answer ends well."""
+    """Reset the connection: with its plain end, a cut HTTP/1.0 answer would look whole."""
     if request.transport:
         client = request.transport.get_extra_info("socket")
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -2711,27 +2704,21 @@ def on_signal(jano: Jano, number: signal.Signals) -> None:
 async def explain_port(settings: Settings, error: Exception) -> int:
     """The exit code: 0 if another jano answers (cron starts one a minute), 1 if in use, else 2."""
     place = settings.netloc(settings.port)  # 0.0.0.0 and :: reach this machine, too
-    with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError, ValueError):
+    with contextlib.suppress(aiohttp.ClientError, OSError, ValueError):
         limit = aiohttp.ClientTimeout(total=5)
         async with aiohttp.request("GET", f"http://{place}/health", timeout=limit) as answer:
             if answer.headers.get("Server", "").startswith("jano/"):
-                stops = answer.status == 503
-                msg = (
-                    "another jano has not stopped yet" if stops else "another jano answers already"
-                )
-                log("info", msg, address=place)
-                return 1 if stops else 0
+                state = "has not stopped yet" if answer.status == 503 else "answers already"
+                log("info", f"another jano {state}", address=place)
+                return int(answer.status == 503)
     print(f"jano: cannot listen on {place}: {why(error)}; no jano answers there", file=sys.stderr)
     return 1 if getattr(error, "errno", 0) == errno.EADDRINUSE else 2
 
 
 class LibraryLog(logging.Handler):
-    """The complaints of aiohttp and asyncio, without the bytes that they quote.
+    """The complaints of aiohttp and asyncio, without the bytes that they quote."""
 
-    One a second of the same place: without a free file, asyncio complains a thousand times.
-    """
-
-    last = ("", 0)
+    last = ("", 0)  # place and second: while no file is free, asyncio complains a thousand times
 
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info[1] if record.exc_info else None
@@ -2741,16 +2728,6 @@ class LibraryLog(logging.Handler):
         if this != self.last and not isinstance(error, web.RequestPayloadError):
             log("warn", "complaint of a library", library=record.name, error=place)
         self.last = this
-
-
-def raise_file_limit() -> None:
-    """A Mac's 256 open files would be gone before MAX_QUEUE is reached."""
-    import resource  # which Windows lacks
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    enough = 10_240 if hard == resource.RLIM_INFINITY else min(10_240, hard)
-    if 0 <= soft < enough:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
 
 
 def main() -> int:
@@ -2774,7 +2751,12 @@ def main() -> int:
     if options.check:
         print(f"jano: the configuration is fine: {json.dumps([model.name for model in models])}")
         return 0
-    raise_file_limit()
+    import resource  # which Windows lacks
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = min(10_240, hard)
+    if soft < enough:  # a Mac's 256 open files would be gone before MAX_QUEUE is reached
+        resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
     return asyncio.run(run(settings, models))
 
 
