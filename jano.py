@@ -47,7 +47,6 @@ import shutil
 import signal
 import socket
 import ssl
-import stat
 import struct
 import subprocess
 import sys
@@ -2162,7 +2161,11 @@ def why(error: BaseException) -> str:
 
 BUCKETS = (0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300)  # seconds a swap takes
 compact = json.JSONEncoder(separators=(",", ":")).encode
-quoted = json.encoder.encode_basestring_ascii
+ENCODERS: dict[type, Callable[[Any], str]] = {  # for a log line; `compact` does the rest, slowly
+    str: json.encoder.encode_basestring_ascii,
+    int: str,
+    bool: {False: "false", True: "true"}.__getitem__,
+}
 
 
 class Log:
@@ -2175,38 +2178,32 @@ class Log:
     def __init__(self) -> None:
         self.lost = 0
         self.broken = ""  # a newline, if the last line is not whole
-        self.is_file = False  # then it need not be asked whether it is ready, which takes long
+        self.is_file = os.path.isfile(1)  # need not be asked whether it is ready, which takes long
         self.ready = select.poll()
         self.ready.register(1, select.POLLOUT)
-        with contextlib.suppress(OSError):
-            self.is_file = stat.S_ISREG(os.fstat(1).st_mode)
 
     def __call__(self, level: str, msg: str, **facts: object) -> None:
-        if self.lost and self.write("warn", "log lines lost", {"lost": self.lost}):
-            self.lost = 0
-        if self.lost or not self.write(level, msg, facts):
-            self.lost += 1
-
-    def write(self, level: str, msg: str, facts: dict[str, object]) -> bool:
-        """Whether it was written. What is ready for writing takes PIPE_BUF bytes at once."""
+        if self.lost:
+            lost, self.lost = self.lost, 0
+            self("warn", "log lines lost", lost=lost)
+            if self.lost:  # that line, which counts in place of this one
+                self.lost += lost
+                return
         line = f'{{"t":"{utc(time.time())}","level":"{level}","msg":"{msg}"'
-        for name, value in facts.items():  # faster than to encode it all at once
-            if isinstance(value, str):
-                line += f',"{name}":{quoted(value)}'
-            elif isinstance(value, bool):
-                line += f',"{name}":{"true" if value else "false"}'
-            else:
-                line += f',"{name}":{value if isinstance(value, int) else compact(value)}'
+        for name, value in facts.items():
+            encode = ENCODERS.get(type(value), compact)
+            line += f',"{name}":{encode(value)}'
         data = f"{self.broken}{line}}}\n".encode()
         size = len(data)
         try:
             while data and (self.is_file or self.ready.poll(0)):
+                # What is ready for writing takes PIPE_BUF bytes at once.
                 data = data[os.write(1, data[: select.PIPE_BUF]) :]
         except OSError:
             pass  # what is left is lost
         if len(data) < size:
             self.broken = "\n" if data else ""
-        return not data
+        self.lost += bool(data)
 
 
 log = Log()
