@@ -866,8 +866,9 @@ async def forward(call: Call) -> bytes:
                 if call.first_byte is None:
                     call.first_byte = clock()
                     call.stop_heartbeats()
-                if call.excerpt:
-                    call.excerpt.feed(piece)
+                if call.excerpt is not None:
+                    call.excerpt += piece
+                    del call.excerpt[KEEP:-KEEP]
             if upstream.complete():
                 return call.frame(piece, last=True)
             if piece or call.unsent:  # unsent: the answer's head, which waits for no body
@@ -1224,7 +1225,7 @@ class Call(Ticket):
     timer: asyncio.TimerHandle | None = None  # of the next one
     relaying: bool = False  # the backend's answer has begun
     sent_status: int = 0  # what the client is told
-    excerpt: Excerpt | None = None  # of the answer, where tokens are counted
+    excerpt: bytearray | None = None  # both ends of the answer, where its tokens are counted
     first_byte: float | None = None
     status: int | None = None  # once it is over, as it is counted
 
@@ -1255,7 +1256,7 @@ class Call(Ticket):
         content_type = head.headers.get("Content-Type", "").lower()
         events = "event-stream" in content_type
         if events or "json" in content_type:
-            self.excerpt = Excerpt()
+            self.excerpt = bytearray()
         if self.beats:
             return
         length = None if head.chunked else head.headers.get("Content-Length")
@@ -2230,61 +2231,42 @@ def ms(seconds: float) -> int:
     return round(seconds * 1000)
 
 
-class Excerpt:
-    """The first and last bytes of an answer, where its token counts stand.
+KEEP = 2**13  # bytes of an answer, at either end: there its token counts stand
+HINTS = (b'"usage"', b'"timings"', b'"prompt_eval_count"', b'"eval_count"')
+NUMBER = re.compile(rb'"(\w++)"\s*:\s*([0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?)')
+COUNTS = {  # in /usage -> in answers of llama.cpp, Ollama, Anthropic, OpenAI; the last one counts
+    "prompt_tokens": (b"prompt_n", b"prompt_eval_count", b"input_tokens", b"prompt_tokens"),
+    "gen_tokens": (b"predicted_n", b"eval_count", b"output_tokens", b"completion_tokens"),
+}
+RATES = {  # in /usage -> in answers of llama.cpp; or of Ollama: a number, and its nanoseconds
+    "gen_tok_s": (b"predicted_per_second", b"eval_count", b"eval_duration"),
+    "prompt_tok_s": (b"prompt_per_second", b"prompt_eval_count", b"prompt_eval_duration"),
+}
 
-    As OpenAI and Anthropic (usage), llama.cpp (timings) or Ollama (eval_count) report them. It is
-    not parsed, as most of the answer is gone by; but a quote within its text would be escaped, so
-    what reads `"prompt_tokens": 1` is no part of that.
+
+def token_counts(excerpt: bytes | bytearray) -> dict[str, float | None]:
+    """As /usage has them, from both ends of an answer; None where the backend does not say.
+
+    It is not parsed, as most of the answer is gone by; but a quote within its text would be
+    escaped, so what reads `"prompt_tokens": 1` is no part of that.
     """
-
-    KEEP = 2**13  # bytes, at either end
-    NUMBER = re.compile(
-        rb'"((?:prompt|input|completion|output)_tokens|(?:prompt_)?eval_(?:count|duration)'
-        rb'|(?:prompt|predicted)_(?:n|per_second))"\s*:\s*([0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?)'
-    )
-    HINTS = (b'"usage"', b'"timings"', b'"prompt_eval_count"', b'"eval_count"')
-
-    def __init__(self) -> None:
-        self.text = bytearray()
-
-    def feed(self, piece: bytes) -> None:
-        self.text += piece
-        if len(self.text) > 8 * self.KEEP:
-            del self.text[self.KEEP : -self.KEEP]
-
-    def tokens(self) -> dict[str, float | None]:
-        """As /usage has them; None where the backend does not say."""
-        del self.text[self.KEEP : -self.KEEP]  # nothing, if the answer was short
-        tokens = dict(NO_TOKENS)
-        numbers: dict[bytes, float] = {}  # the last of a name counts, as streams add up
-        starts = [at for at in map(self.text.find, self.HINTS) if at >= 0]
-        if starts:  # as the pattern is slow
-            for name, digits in self.NUMBER.findall(self.text, min(starts)):
-                if float(digits) < 1e15:
-                    numbers[bytes(name)] = float(digits)
-        for name, meaning in MEANINGS.items():
+    numbers: dict[bytes, float] = {}  # the last of a name counts, as streams add up
+    starts = {*map(excerpt.find, HINTS)} - {-1}
+    if starts:  # as the pattern is slow
+        for name, digits in NUMBER.findall(excerpt, min(starts)):
+            if float(digits) < 1e15:
+                numbers[name] = float(digits)
+    tokens: dict[str, float | None] = dict.fromkeys((*COUNTS, *RATES))
+    for meaning, names in COUNTS.items():
+        for name in names:
             if name in numbers:
                 tokens[meaning] = int(numbers[name])
-        for rate, count, duration, meaning in RATES:
-            if numbers.get(duration):
-                numbers.setdefault(rate, numbers.get(count, 0) / numbers[duration] * 1e9)
-            if rate in numbers:
-                tokens[meaning] = round(numbers[rate], 1)
-        return tokens
-
-
-NO_TOKENS = dict.fromkeys(("prompt_tokens", "gen_tokens", "gen_tok_s", "prompt_tok_s"))
-MEANINGS = {  # what an answer calls it -> what /usage does; the last one found counts
-    **dict.fromkeys([b"prompt_n", b"prompt_eval_count", b"input_tokens"], "prompt_tokens"),
-    **dict.fromkeys([b"predicted_n", b"eval_count", b"output_tokens"], "gen_tokens"),
-    b"prompt_tokens": "prompt_tokens",
-    b"completion_tokens": "gen_tokens",
-}
-RATES = (
-    (b"predicted_per_second", b"eval_count", b"eval_duration", "gen_tok_s"),
-    (b"prompt_per_second", b"prompt_eval_count", b"prompt_eval_duration", "prompt_tok_s"),
-)
+    for meaning, (rate, count, duration) in RATES.items():
+        if numbers.get(duration):
+            numbers.setdefault(rate, numbers.get(count, 0) / numbers[duration] * 1e9)
+        if rate in numbers:
+            tokens[meaning] = round(numbers[rate], 1)
+    return tokens
 
 
 class Telemetry:
@@ -2334,7 +2316,6 @@ class Telemetry:
         """Count a request that is over; now is on the clock."""
         ts, model, code = utc(time.time()), call.model, call.status or 0
         granted = call.granted or now
-        tokens = call.excerpt.tokens() if call.excerpt else NO_TOKENS
         record: dict[str, Any] = {
             "ts": ts,
             "id": call.id,
@@ -2344,7 +2325,7 @@ class Telemetry:
             "queue_ms": ms(granted - call.arrived),
             "total_ms": ms(now - call.arrived),
             "ttfb_ms": ms(call.first_byte - granted) if call.first_byte else None,
-            **tokens,
+            **token_counts(call.excerpt or b""),
         }
         generated = record["gen_tokens"] or 0
         if record["gen_tok_s"] is None and generated and call.stream and call.first_byte:
