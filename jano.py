@@ -58,8 +58,6 @@ from bisect import bisect_left
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields
-from datetime import datetime
-from email.utils import formatdate
 from hashlib import sha256
 from html import escape
 from itertools import accumulate, chain, islice
@@ -527,7 +525,7 @@ class Worker:
         except SwapAbandoned:
             # Its next swap goes on, or clients with short time-outs would stop all swaps for ever.
             self.abandoned.add(name)
-            took = ms(clock() - self.swap_began)
+            took = round(1000 * (clock() - self.swap_began))
             log("info", "swap abandoned: nobody waits for it", model=name, ms=took)
         except SwapFailed as failure:
             self.swap_failed(name, previous, failure)
@@ -538,7 +536,7 @@ class Worker:
             self.restart.discard(name)
             self.schedule.load(name, clock(), clock() - draining_since)
             self.jano.telemetry.swapped(self, previous, name, seconds, ok=True)
-            log("info", "swap ready", model=name, ms=ms(seconds))
+            log("info", "swap ready", model=name, ms=round(1000 * seconds))
         finally:
             self.swapping = None
             for ticket in self.schedule.waiting():
@@ -574,7 +572,7 @@ class Worker:
         self.failures[name] = (fails, clock())
         if fails > 1:  # after one failure a slow load may still go on; after two, it hangs
             self.restart.add(name)
-        facts = {"model": name, "ms": ms(seconds), "fails": fails, "err": str(failure)}
+        facts = {"model": name, "ms": round(1000 * seconds), "fails": fails, "err": str(failure)}
         log("error", "swap failed", **facts, **failure.details)
         text = f'swap to "{name}" failed: {failure}'
         error = functools.partial(ApiError, 503, text, "swap_failed", NO_RETRY)
@@ -1266,13 +1264,14 @@ class Call(Ticket):
         drop = {b"access-control-allow-origin"} if "Origin" in self.request.headers else set()
         lines = [line.translate(None, CONTROL) for line in end_to_end(head, drop)]
         if "Date" not in head.headers:
-            lines.append(date_line(int(time.time())))
+            lines.append(gmt("Date: %a, %d %b %Y %H:%M:%S GMT", int(time.time())).encode())
         if "x-request-id" not in head.headers:
             lines.append(b"x-request-id: " + self.id.encode())
         if events:
             lines.append(b"X-Accel-Buffering: no")
-        queue_ms = ms((self.granted or self.arrived) - self.arrived)
-        lines.append(b"Server-Timing: queue;dur=%d, swap;dur=%d" % (queue_ms, ms(self.swapping)))
+        queue_ms = 1000 * ((self.granted or self.arrived) - self.arrived)
+        timing = (queue_ms, 1000 * self.swapping)
+        lines.append(b"Server-Timing: queue;dur=%.0f, swap;dur=%.0f" % timing)
         self.set_head(head.code, head.reason, lines, length)
 
     def set_head(self, status: int, reason: str, lines: list[bytes], length: str | None) -> None:
@@ -1700,7 +1699,8 @@ class Jano:
         call.status = status
         now = clock()
         self.telemetry.settled(call, now, failure)
-        facts = {"id": call.id, "model": call.model, "status": status, "ms": ms(now - call.arrived)}
+        took = round(1000 * (now - call.arrived))
+        facts = {"id": call.id, "model": call.model, "status": status, "ms": took}
         if call.granted is not None:
             facts["aborted"] = status == CLIENT_LEFT
             if failure:
@@ -1740,7 +1740,8 @@ class Jano:
         if not re.fullmatch("[0-9]{1,9}", limit):
             text = f"limit: found {shown(limit)}, expected a whole number below 10^9"
             raise ApiError(400, text, "invalid_limit")
-        records = list(islice(reversed(self.telemetry.records), int(limit)))
+        latest = islice(reversed(self.telemetry.records), int(limit))
+        records = [{**record, "ts": utc(record["ts"])} for record in latest]
         return web.json_response({"count": len(records), "records": records})
 
     async def get_metrics(self, request: web.BaseRequest) -> web.Response:
@@ -2210,25 +2211,15 @@ class Log:
 log = Log()
 
 
-@functools.lru_cache(2)
-def utc_second(second: int) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+@functools.lru_cache(4)
+def gmt(form: str, second: int) -> str:
+    return time.strftime(form, time.gmtime(second))
 
 
 def utc(epoch: float) -> str:
     """As RFC 3339 has it, with milliseconds."""
     millis = int(epoch * 1000)
-    return f"{utc_second(millis // 1000)}.{millis % 1000:03d}Z"
-
-
-@functools.lru_cache(2)
-def date_line(second: int) -> bytes:
-    """The Date header (RFC 9110, 6.6.1) of a second since the epoch."""
-    return b"Date: " + formatdate(second, usegmt=True).encode()
-
-
-def ms(seconds: float) -> int:
-    return round(seconds * 1000)
+    return f"{gmt('%Y-%m-%dT%H:%M:%S', millis // 1000)}.{millis % 1000:03d}Z"
 
 
 KEEP = 2**13  # bytes of an answer, at either end: there its token counts stand
@@ -2314,17 +2305,17 @@ class Telemetry:
 
     def settled(self, call: Call, now: float, failure: str) -> None:
         """Count a request that is over; now is on the clock."""
-        ts, model, code = utc(time.time()), call.model, call.status or 0
+        model, code = call.model, call.status or 0
         granted = call.granted or now
         record: dict[str, Any] = {
-            "ts": ts,
+            "ts": time.time(),
             "id": call.id,
             "model": model,
             "path": call.request.path,
             "status": code,
-            "queue_ms": ms(granted - call.arrived),
-            "total_ms": ms(now - call.arrived),
-            "ttfb_ms": ms(call.first_byte - granted) if call.first_byte else None,
+            "queue_ms": round(1000 * (granted - call.arrived)),
+            "total_ms": round(1000 * (now - call.arrived)),
+            "ttfb_ms": round(1000 * (call.first_byte - granted)) if call.first_byte else None,
             **token_counts(call.excerpt or b""),
         }
         generated = record["gen_tokens"] or 0
@@ -2335,7 +2326,7 @@ class Telemetry:
         self.requests[model, code] += 1
         if code >= 500:
             words = failure or f"the backend answered {code}"
-            self.last_error = {"ts": ts, "model": model, "message": words}
+            self.last_error = {"ts": utc(record["ts"]), "model": model, "message": words}
         if code in (502, 504):
             self.health[model] = "down"
         if 200 <= code < 300:
@@ -2347,12 +2338,12 @@ class Telemetry:
 
     def swapped(self, worker: Worker, old: str | None, name: str, seconds: float, ok: bool) -> None:
         """A swap has ended, well or not."""
-        ts = utc(time.time())
+        ts = time.time()
         self.health |= {model.name: "up" if ok else "down" for model in worker.members(name)}
-        swap = {"ts": ts, "from": old, "to": name, "ms": ms(seconds), "ok": ok}
+        swap = {"ts": ts, "from": old, "to": name, "ms": round(1000 * seconds), "ok": ok}
         self.recent_swaps.append(swap)
         if ok:
-            self.loaded_at[name] = ts
+            self.loaded_at[name] = utc(ts)
             self.swaps[old or "", name] += 1
             self.swap_seconds += seconds
             self.swap_buckets[bisect_left(BUCKETS, seconds)] += 1
@@ -2371,8 +2362,8 @@ def status(jano: Jano) -> dict[str, Any]:
     served = Counter(dict.fromkeys(models, 0))
     for (model, code), count in telemetry.requests.items():
         served[model] += count if 200 <= code < 300 else 0
-    swaps = telemetry.swaps.total()
-    avoided = max(0, telemetry.naive_swaps.total() - swaps - telemetry.swap_failures.total())
+    made = telemetry.swaps.total()
+    avoided = max(0, telemetry.naive_swaps.total() - made - telemetry.swap_failures.total())
     took = [swap["ms"] for swap in telemetry.recent_swaps if swap["ok"]]
     return {
         "ok": not any(worker.refusal for worker in jano.workers.values()),
@@ -2380,12 +2371,12 @@ def status(jano: Jano) -> dict[str, Any]:
         "queueDepth": len(waiting),
         "inFlight": len(active) - len(waiting),
         "queueByModel": {model: queued[model] for model in models},
-        "oldestWaitingMs": ms(now - waiting[0].arrived) if waiting else 0,
+        "oldestWaitingMs": round(1000 * (now - waiting[0].arrived)) if waiting else 0,
         "lastSwapDurationMs": took[-1] if took else None,
-        "recentSwaps": list(telemetry.recent_swaps),
-        "swapsTotal": swaps,
+        "recentSwaps": [{**swap, "ts": utc(swap["ts"])} for swap in telemetry.recent_swaps],
+        "swapsTotal": made,
         "swapsAvoided": avoided,
-        "swapTimeSavedMs": ms(avoided * telemetry.swap_seconds / swaps) if swaps else None,
+        "swapTimeSavedMs": round(1000 * avoided * telemetry.swap_seconds / made) if made else None,
         "tokSByModel": {
             name: round(sum(last) / len(last), 1) for name, last in telemetry.rates.items()
         },
@@ -2406,8 +2397,8 @@ def call_status(call: Call, now: float) -> dict[str, Any]:
         "id": call.id,
         "model": call.model,
         "state": "running" if call.running else "waiting",
-        "queue_ms": ms((call.granted or now) - call.arrived),
-        "total_ms": ms(now - call.arrived),
+        "queue_ms": round(1000 * ((call.granted or now) - call.arrived)),
+        "total_ms": round(1000 * (now - call.arrived)),
     }
 
 
@@ -2519,7 +2510,7 @@ action="/{verb}?model={quote(name, "")}"><button id="b{index}" aria-label="{verb
 {(payload["swapTimeSavedMs"] or 0) / 1000:.1f} s saved</h2>
 Swaps made: {payload["swapsTotal"]}, waiting: {payload["queueDepth"]}, running:
 {payload["inFlight"]}, answered: {payload["requestsServedTotal"]}
-{timeline(jano, payload)}<ul>{cards}</ul>{len(jano.models)} models"""
+{timeline(jano, payload["active"])}<ul>{cards}</ul>{len(jano.models)} models"""
 
 
 def isolated(name: str) -> str:
@@ -2527,22 +2518,23 @@ def isolated(name: str) -> str:
     return escape(f"\u2068{name if len(name) < 30 else name[:29] + '…'}\u2069")
 
 
-def timeline(jano: Jano, payload: dict[str, Any]) -> str:
+def timeline(jano: Jano, active: list[dict[str, Any]]) -> str:
     """An SVG: a lane for each model with its latest requests, and a stripe for each swap."""
-    entries = [*payload["active"][:30], *islice(reversed(jano.telemetry.records), 60)][:60]
+    entries = [*active[:30], *islice(reversed(jano.telemetry.records), 60)][:60]
     if not entries:
         ask = {"model": next(iter(jano.models)), "messages": [{"role": "user", "content": "Hi"}]}
         return f"""<p><code>curl http://{jano.settings.netloc(jano.port)}/v1/chat/completions --json
 {escape(shlex.quote(json.dumps(ask)))}</code>"""
+    swaps = list(jano.telemetry.recent_swaps)
     for worker in filter(attrgetter("swapping"), jano.workers.values()):
-        took = ms(clock() - worker.swap_began)
-        payload["recentSwaps"].append({"from": "", "to": worker.swapping, "ms": took})
-    for swap in payload["recentSwaps"]:
+        took = round(1000 * (clock() - worker.swap_began))
+        swaps.append({"from": "", "to": worker.swapping, "ms": took})
+    for swap in swaps:
         label = f"{isolated(swap['from'] or '')} → {isolated(swap['to'])} {swap['ms'] / 1000:.1f} s"
         entries.append({**swap, "model": "", "id": label, "total_ms": swap["ms"]})
     spans = []
     for entry in entries:
-        end = datetime.fromisoformat(entry["ts"]).timestamp() if "ts" in entry else time.time()
+        end = entry.get("ts", time.time())
         spans.append((end - entry["total_ms"] / 1000, end, entry))
     last = max(end for _, end, _ in spans)
     shown = min(300, last - min(start for start, _, _ in spans) + 0.1)  # seconds
