@@ -353,6 +353,8 @@ class Worker:
         self.unload_at = math.inf  # when what is loaded will have been idle for IDLE_UNLOAD_MS
         self.swapping: str | None = None  # what is being loaded
         self.swap_began = 0.0
+        self.naive_loaded: str | None = None  # what a proxy without a queue would have loaded now
+        self.naive_swaps = 0  # and how often it would have swapped
         self.stage = ("", "")  # what to report if the deadline passes now, and its detail
         self.deadline: asyncio.Timeout | None = None  # of the swap, unless it is abandoned or over
         self.abandoned: set[str] = set()  # sets whose last swap was abandoned; the next goes on
@@ -397,7 +399,8 @@ class Worker:
                 raise ApiError(503, text, "backend_unavailable", NO_RETRY)
             del self.failures[name]
         if ticket.granted is None:
-            self.jano.telemetry.arrived(self.group, name)
+            self.naive_swaps += name != self.naive_loaded
+            self.naive_loaded = name
         ticket.turn = asyncio.get_running_loop().create_future()
         self.schedule.arrive(ticket, clock())
         try:
@@ -486,7 +489,10 @@ class Worker:
             all_likely = all(model.name in likely for model in members)
             if members and all_likely and await first_fault(members, PROBE_TIMEOUT) is None:
                 self.schedule.load(name, clock())
-                self.jano.telemetry.detected(self, name)
+                self.jano.telemetry.loaded(name, members)
+                # A proxy without a queue would have found it, too, and swapped once at most.
+                self.naive_swaps = int(self.naive_loaded not in (None, name))
+                self.naive_loaded = self.naive_loaded or name
                 break
         log("info", "worker started", group=self.group, loaded=self.schedule.loaded)
 
@@ -518,7 +524,7 @@ class Worker:
         # From here on nobody may be sent to the old model, nor to a half-started new one.
         self.schedule.unload(clock())
         self.swapping, self.swap_began = name, clock()
-        self.jano.telemetry.forget_health(self, previous)
+        self.jano.telemetry.note_health(self.members(previous), "unknown")
         log("info", "swap requested", model=name, previous=previous)
         try:
             await self.bring_up(name, previous)
@@ -597,7 +603,8 @@ class Worker:
         """Run SWAP_COMMAND unload. Nothing is in flight; whoever comes now waits for it."""
         previous = self.schedule.loaded
         self.schedule.unload(clock())
-        self.jano.telemetry.unloaded(self, previous)
+        self.naive_loaded = None  # any other proxy has to load anew, too
+        self.jano.telemetry.note_health(self.members(previous), "unknown")
         log("info", "unload requested", model=previous)
         try:
             with Script(self, "unload", previous) as script:
@@ -2271,37 +2278,13 @@ class Telemetry:
         self.prompt_tokens: Counter[str] = Counter()
         self.rates: dict[str, deque[float]] = {}  # model -> tokens a second of its last answers
         self.last_error: dict[str, Any] | None = None
-        self.health: dict[str, str] = {}  # model -> "up" or "down", if known
+        self.health: dict[str, str] = {}  # model -> "up", "down" or "unknown", as it is by default
         self.loaded_at: dict[str, str] = {}  # set -> when it was last loaded
         self.swaps: Counter[tuple[str, str]] = Counter()  # by from and to, the good ones
         self.swap_failures: Counter[str] = Counter()
         self.recent_swaps: deque[dict[str, Any]] = deque(maxlen=50)
         self.swap_buckets = [0] * (len(BUCKETS) + 1)
         self.swap_seconds = 0.0  # of the good ones
-        self.naive_loaded: dict[str, str] = {}  # group -> what a proxy without a queue would have
-        self.naive_swaps: Counter[str] = Counter()  # group -> how often it would have swapped
-
-    def arrived(self, group: str, name: str) -> None:
-        """A request for this set: a proxy without a queue would load it now."""
-        self.naive_swaps[group] += self.naive_loaded.get(group) != name
-        self.naive_loaded[group] = name
-
-    def detected(self, worker: Worker, name: str) -> None:
-        """It was loaded at the start, for the naive proxy, too: that has swapped once at most."""
-        asked = self.naive_loaded.setdefault(worker.group, name)
-        self.naive_swaps[worker.group] = int(asked != name)
-        self.loaded_at[name] = utc(time.time())
-        self.health |= {model.name: "up" for model in worker.members(name)}
-
-    def unloaded(self, worker: Worker, name: str | None) -> None:
-        """The other proxy loads anew, too."""
-        self.naive_loaded.pop(worker.group, None)
-        self.forget_health(worker, name)
-
-    def forget_health(self, worker: Worker, name: str | None) -> None:
-        """This set makes room: nobody knows any more how its models are."""
-        for model in worker.members(name):
-            self.health.pop(model.name, None)
 
     def settled(self, call: Call, now: float, failure: str) -> None:
         """Count a request that is over; now is on the clock."""
@@ -2336,18 +2319,25 @@ class Telemetry:
             if record["gen_tok_s"] is not None:
                 self.rates.setdefault(model, deque(maxlen=30)).append(record["gen_tok_s"])
 
+    def loaded(self, name: str, members: list[Model]) -> None:
+        """This set is ready."""
+        self.loaded_at[name] = utc(time.time())
+        self.note_health(members, "up")
+
+    def note_health(self, models: list[Model], health: str) -> None:
+        self.health |= {model.name: health for model in models}
+
     def swapped(self, worker: Worker, old: str | None, name: str, seconds: float, ok: bool) -> None:
         """A swap has ended, well or not."""
-        ts = time.time()
-        self.health |= {model.name: "up" if ok else "down" for model in worker.members(name)}
-        swap = {"ts": ts, "from": old, "to": name, "ms": round(1000 * seconds), "ok": ok}
+        swap = {"ts": time.time(), "from": old, "to": name, "ms": round(1000 * seconds), "ok": ok}
         self.recent_swaps.append(swap)
         if ok:
-            self.loaded_at[name] = utc(ts)
+            self.loaded(name, worker.members(name))
             self.swaps[old or "", name] += 1
             self.swap_seconds += seconds
             self.swap_buckets[bisect_left(BUCKETS, seconds)] += 1
         else:
+            self.note_health(worker.members(name), "down")
             self.swap_failures[name] += 1
 
 
@@ -2363,7 +2353,8 @@ def status(jano: Jano) -> dict[str, Any]:
     for (model, code), count in telemetry.requests.items():
         served[model] += count if 200 <= code < 300 else 0
     made = telemetry.swaps.total()
-    avoided = max(0, telemetry.naive_swaps.total() - made - telemetry.swap_failures.total())
+    naive = sum(worker.naive_swaps for worker in jano.workers.values())
+    avoided = max(0, naive - made - telemetry.swap_failures.total())
     took = [swap["ms"] for swap in telemetry.recent_swaps if swap["ok"]]
     return {
         "ok": not any(worker.refusal for worker in jano.workers.values()),
