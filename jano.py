@@ -54,13 +54,12 @@ import tempfile
 import threading
 import time
 import traceback
-from bisect import bisect_left
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields
 from hashlib import sha256
 from html import escape
-from itertools import accumulate, chain, islice
+from itertools import chain, islice
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from time import monotonic as clock
@@ -489,7 +488,8 @@ class Worker:
             all_likely = all(model.name in likely for model in members)
             if members and all_likely and await first_fault(members, PROBE_TIMEOUT) is None:
                 self.schedule.load(name, clock())
-                self.jano.telemetry.loaded(name, members)
+                self.jano.telemetry.loaded_at[name] = utc(time.time())
+                self.jano.telemetry.note_health(members, "up")
                 # A proxy without a queue would have found it, too, and swapped once at most.
                 self.naive_swaps = int(self.naive_loaded not in (None, name))
                 self.naive_loaded = self.naive_loaded or name
@@ -2168,7 +2168,7 @@ def why(error: BaseException) -> str:
 
 # ------------------------------------------------------------------------------- telemetry ----
 
-BUCKETS = (0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300)  # seconds a swap takes
+BUCKETS = ("0.5", "1", "2", "5", "10", "20", "30", "60", "120", "300", "+Inf")  # seconds of a swap
 compact = json.JSONEncoder(separators=(",", ":")).encode
 ENCODERS: dict[type, Callable[[Any], str]] = {  # for a log line; `compact` does the rest, slowly
     str: json.encoder.encode_basestring_ascii,
@@ -2225,8 +2225,7 @@ def gmt(form: str, second: int) -> str:
 
 def utc(epoch: float) -> str:
     """As RFC 3339 has it, with milliseconds."""
-    millis = int(epoch * 1000)
-    return f"{gmt('%Y-%m-%dT%H:%M:%S', millis // 1000)}.{millis % 1000:03d}Z"
+    return f"{gmt('%Y-%m-%dT%H:%M:%S', int(epoch))}.{int(epoch * 1000) % 1000:03d}Z"
 
 
 KEEP = 2**13  # bytes of an answer, at either end: there its token counts stand
@@ -2283,7 +2282,7 @@ class Telemetry:
         self.swaps: Counter[tuple[str, str]] = Counter()  # by from and to, the good ones
         self.swap_failures: Counter[str] = Counter()
         self.recent_swaps: deque[dict[str, Any]] = deque(maxlen=50)
-        self.swap_buckets = [0] * (len(BUCKETS) + 1)
+        self.swap_buckets = dict.fromkeys(BUCKETS, 0)  # bound -> good ones that took no longer
         self.swap_seconds = 0.0  # of the good ones
 
     def settled(self, call: Call, now: float, failure: str) -> None:
@@ -2319,11 +2318,6 @@ class Telemetry:
             if record["gen_tok_s"] is not None:
                 self.rates.setdefault(model, deque(maxlen=30)).append(record["gen_tok_s"])
 
-    def loaded(self, name: str, members: list[Model]) -> None:
-        """This set is ready."""
-        self.loaded_at[name] = utc(time.time())
-        self.note_health(members, "up")
-
     def note_health(self, models: list[Model], health: str) -> None:
         self.health |= {model.name: health for model in models}
 
@@ -2331,13 +2325,14 @@ class Telemetry:
         """A swap has ended, well or not."""
         swap = {"ts": time.time(), "from": old, "to": name, "ms": round(1000 * seconds), "ok": ok}
         self.recent_swaps.append(swap)
+        self.note_health(worker.members(name), "up" if ok else "down")
         if ok:
-            self.loaded(name, worker.members(name))
+            self.loaded_at[name] = utc(time.time())
             self.swaps[old or "", name] += 1
             self.swap_seconds += seconds
-            self.swap_buckets[bisect_left(BUCKETS, seconds)] += 1
+            for bound in BUCKETS:
+                self.swap_buckets[bound] += seconds <= float(bound)
         else:
-            self.note_health(worker.members(name), "down")
             self.swap_failures[name] += 1
 
 
@@ -2408,49 +2403,42 @@ def group_status(jano: Jano, group: str) -> dict[str, Any]:
 
 def metrics(jano: Jano) -> str:
     """status, and what it leaves out, as Prometheus text (exposition format 0.0.4)."""
-    telemetry, payload = jano.telemetry, status(jano)
-    loaded = {model.name: int(jano.state_of(model) == "loaded") for model in jano.models.values()}
-    up = {model: int(state == "up") for model, state in payload["backendHealth"].items()}
-    saved = {} if payload["swapTimeSavedMs"] is None else {(): payload["swapTimeSavedMs"] / 1000}
-    uptime = {(): time.time() - telemetry.started}
-    lines = [
-        *family("uptime_seconds", "gauge", "Since the start.", uptime),
-        *family("in_flight", "gauge", "Requests at a backend.", {(): payload["inFlight"]}),
-        *family("model_loaded model", "gauge", "1: it is loaded.", loaded),
-        *family("queue_depth model", "gauge", "Requests that wait.", payload["queueByModel"]),
-        *family(
-            "requests_total model status", "counter", "Requests that are over.", telemetry.requests
-        ),
-        *family("tokens_generated_total model", "counter", "Tokens of answers.", telemetry.tokens),
-        *family(
-            "prompt_tokens_total model", "counter", "Tokens of prompts.", telemetry.prompt_tokens
-        ),
-        *family("generation_tokens_per_second model", "gauge", "Lately.", payload["tokSByModel"]),
-        *family("swaps_total from to", "counter", "Swaps made.", telemetry.swaps),
-        *family("swap_failures_total model", "counter", "Swaps failed.", telemetry.swap_failures),
-        *family("swaps_avoided", "gauge", "By the queue.", {(): payload["swapsAvoided"]}),
-        *family("swap_time_saved_seconds", "gauge", "Avoided swaps times their mean.", saved),
-        *family("backend_up model", "gauge", "1: it was fine when last heard of.", up),
-        *family("swap_duration_seconds", "histogram", "From the script's start until ready.", {}),
+    telemetry, payload, models = jano.telemetry, status(jano), jano.models
+    loaded = {name: int(jano.state_of(model) == "loaded") for name, model in models.items()}
+    up = {name: int(health == "up") for name, health in payload["backendHealth"].items()}
+    saved = {} if payload["swapTimeSavedMs"] is None else {"": payload["swapTimeSavedMs"] / 1000}
+    families: list[tuple[str, str, str, Mapping[Any, object]]] = [
+        # Name and labels, type, help; the values of the labels -> that of the metric.
+        ("uptime_seconds", "gauge", "Since the start.", {"": time.time() - telemetry.started}),
+        ("in_flight", "gauge", "Requests at a backend.", {"": payload["inFlight"]}),
+        ("model_loaded model", "gauge", "1: it is loaded.", loaded),
+        ("queue_depth model", "gauge", "Requests that wait.", payload["queueByModel"]),
+        ("requests_total model status", "counter", "Requests that are over.", telemetry.requests),
+        ("tokens_generated_total model", "counter", "Tokens of answers.", telemetry.tokens),
+        ("prompt_tokens_total model", "counter", "Tokens of prompts.", telemetry.prompt_tokens),
+        ("generation_tokens_per_second model", "gauge", "Lately.", payload["tokSByModel"]),
+        ("swaps_total from to", "counter", "Swaps made.", telemetry.swaps),
+        ("swap_failures_total model", "counter", "Swaps failed.", telemetry.swap_failures),
+        ("swaps_avoided", "gauge", "By the queue.", {"": payload["swapsAvoided"]}),
+        ("swap_time_saved_seconds", "gauge", "Avoided swaps times their mean.", saved),
+        ("backend_up model", "gauge", "1: it was fine when last heard of.", up),
+        ("swap_duration_seconds", "histogram", "From the script's start until ready.", {}),
     ]
-    for bound, count in zip((*BUCKETS, "+Inf"), accumulate(telemetry.swap_buckets)):
+    lines = []
+    for name_and_labels, kind, text, samples in families:
+        name, *labels = name_and_labels.split()
+        lines += [f"# HELP jano_{name} {text}", f"# TYPE jano_{name} {kind}"]
+        for key, value in samples.items():
+            values = key if isinstance(key, tuple) else (key,)
+            # JSON escapes what this format does, since names of models hold no control character.
+            quoted = [json.dumps(str(each), ensure_ascii=False) for each in values]
+            pairs = ",".join(map("=".join, zip(labels, quoted)))
+            lines.append(f"jano_{name}{{{pairs}}} {value}" if pairs else f"jano_{name} {value}")
+    for bound, count in telemetry.swap_buckets.items():
         lines.append(f'jano_swap_duration_seconds_bucket{{le="{bound}"}} {count}')
     lines.append(f"jano_swap_duration_seconds_sum {telemetry.swap_seconds}")
-    lines.append(f"jano_swap_duration_seconds_count {sum(telemetry.swap_buckets)}")
+    lines.append(f"jano_swap_duration_seconds_count {payload['swapsTotal']}")
     return "\n".join(lines) + "\n"
-
-
-def family(name: str, kind: str, text: str, samples: Mapping[Any, object]) -> Iterator[str]:
-    """The lines of a metric; name has its labels behind it; samples: their values -> value."""
-    name, *labels = name.split()
-    yield f"# HELP jano_{name} {text}"
-    yield f"# TYPE jano_{name} {kind}"
-    for key, value in samples.items():
-        values = key if isinstance(key, tuple) else (key,)
-        # JSON escapes what this format does, since names of models hold no control character.
-        quoted = [json.dumps(str(each), ensure_ascii=False) for each in values]
-        pairs = ",".join(map("=".join, zip(labels, quoted)))
-        yield f"jano_{name}{{{pairs}}} {value}" if pairs else f"jano_{name} {value}"
 
 
 # ------------------------------------------------------------------------------------ page ----
