@@ -2230,7 +2230,8 @@ def utc(epoch: float) -> str:
 
 KEEP = 2**13  # bytes of an answer, at either end: there its token counts stand
 HINTS = (b'"usage"', b'"timings"', b'"prompt_eval_count"', b'"eval_count"')
-NUMBER = re.compile(rb'"(\w++)"\s*:\s*([0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?)')
+# A name and its number; one that no counter or speed can be, such as 1e999, does not match.
+NUMBER = re.compile(rb'"(\w++)"\s*:\s*([0-9]{1,15}(?:\.[0-9]+)?(?:[eE][-+]?0?[0-9])?)(?![\w.])')
 COUNTS = {  # in /usage -> in answers of llama.cpp, Ollama, Anthropic, OpenAI; the last one counts
     "prompt_tokens": (b"prompt_n", b"prompt_eval_count", b"input_tokens", b"prompt_tokens"),
     "gen_tokens": (b"predicted_n", b"eval_count", b"output_tokens", b"completion_tokens"),
@@ -2247,22 +2248,20 @@ def token_counts(excerpt: bytes | bytearray) -> dict[str, float | None]:
     It is not parsed, as most of the answer is gone by; but a quote within its text would be
     escaped, so what reads `"prompt_tokens": 1` is no part of that.
     """
-    numbers: dict[bytes, float] = {}  # the last of a name counts, as streams add up
     starts = {*map(excerpt.find, HINTS)} - {-1}
-    if starts:  # as the pattern is slow
-        for name, digits in NUMBER.findall(excerpt, min(starts)):
-            if float(digits) < 1e15:
-                numbers[name] = float(digits)
+    at = min(starts, default=len(excerpt))  # as the pattern is slow
+    numbers = dict(NUMBER.findall(excerpt, at))  # the last of a name counts, as streams add up
     tokens: dict[str, float | None] = dict.fromkeys((*COUNTS, *RATES))
     for meaning, names in COUNTS.items():
         for name in names:
             if name in numbers:
-                tokens[meaning] = int(numbers[name])
+                tokens[meaning] = int(float(numbers[name]))
     for meaning, (rate, count, duration) in RATES.items():
-        if numbers.get(duration):
-            numbers.setdefault(rate, numbers.get(count, 0) / numbers[duration] * 1e9)
+        nanoseconds = float(numbers.get(duration, 0))
+        if nanoseconds:
+            numbers.setdefault(rate, float(numbers.get(count, 0)) / nanoseconds * 1e9)
         if rate in numbers:
-            tokens[meaning] = round(numbers[rate], 1)
+            tokens[meaning] = round(float(numbers[rate]), 1)
     return tokens
 
 
@@ -2351,6 +2350,7 @@ def status(jano: Jano) -> dict[str, Any]:
     naive = sum(worker.naive_swaps for worker in jano.workers.values())
     avoided = max(0, naive - made - telemetry.swap_failures.total())
     took = [swap["ms"] for swap in telemetry.recent_swaps if swap["ok"]]
+    rates = {model: round(sum(last) / len(last), 1) for model, last in telemetry.rates.items()}
     return {
         "ok": not any(worker.refusal for worker in jano.workers.values()),
         **next(iter(groups.values())),
@@ -2363,9 +2363,7 @@ def status(jano: Jano) -> dict[str, Any]:
         "swapsTotal": made,
         "swapsAvoided": avoided,
         "swapTimeSavedMs": round(1000 * avoided * telemetry.swap_seconds / made) if made else None,
-        "tokSByModel": {
-            name: round(sum(last) / len(last), 1) for name, last in telemetry.rates.items()
-        },
+        "tokSByModel": rates,
         "uptimeSeconds": int(time.time() - telemetry.started),
         "requestsServedTotal": served.total(),
         "requestsByModel": served,
