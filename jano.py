@@ -1387,7 +1387,7 @@ class Jano:
         self.telemetry = Telemetry(settings.usage_records_max)
         self.models: dict[str, Model] = {}
         self.names: dict[str, Model] = {}  # names and aliases, without their case
-        self.workers: dict[str, Worker] = {}  # by group
+        self.workers: dict[str, Worker] = {}  # by group; a passthrough model is of none
         self.calls: dict[Call, asyncio.Task[Any]] = {}  # until the last byte is out, oldest first
         self.held_bytes = 0  # of their bodies
         self.idle: defaultdict[tuple[str, str], Idle] = defaultdict(Idle)  # by origin
@@ -1410,28 +1410,23 @@ class Jano:
     def adopt(self, models: list[Model]) -> None:
         """Use these models from now on. What is loaded stays; tickets of moved models move, too."""
         self.models = {model.name: model for model in models}
-        self.names = {}
+        self.names = {key: model for model in models for key in model.keys}
         for model in models:
-            self.names |= dict.fromkeys(model.keys, model)
-            if not model.passthrough:
+            if model.group:
                 if model.group not in self.workers:
                     self.workers[model.group] = Worker(model.group, self)
                 self.workers[model.group].adopt(model)
         for worker in self.workers.values():
             worker.failures.clear()
-            tickets = [each for each in worker.schedule.waiting() if each.model in self.models]
-            moved = [each for each in tickets if self.worker_of(self.models[each.model]) != worker]
+            elsewhere = {model.name for model in models if model.group != worker.group}
+            moved = [each for each in worker.schedule.waiting() if each.model in elsewhere]
             worker.fail(moved, Moved)
             worker.advance()
 
-    def worker_of(self, model: Model) -> Worker | None:
-        """None for a passthrough model."""
-        return None if model.passthrough else self.workers[model.group]
-
     def state_of(self, model: Model) -> str:
         """What /v1/models says of it."""
-        worker = self.worker_of(model)
-        name = worker.schedule.set_of[model.name] if worker else None
+        worker = self.workers.get(model.group)
+        name = model.set or model.name
         if worker is None or name == worker.schedule.loaded:
             return "loaded"
         return "loading" if name == worker.swapping else "unloaded"
@@ -1552,7 +1547,7 @@ class Jano:
             jano=self,
             request=request,
             entry=model,
-            worker=self.worker_of(model) if request.method == "POST" else None,
+            worker=self.workers.get(model.group) if request.method == "POST" else None,
             target=target,
             body=body,
             stream=stream,
@@ -1687,7 +1682,7 @@ class Jano:
                     raise
         except Moved:
             call.entry = self.models[call.model]
-            call.worker = self.worker_of(call.entry)
+            call.worker = self.workers.get(call.entry.group)
             return await self.take_turn(call, again)
         except BackendError as error:
             if call.relaying:
@@ -1761,7 +1756,7 @@ class Jano:
     async def post_load(self, request: web.BaseRequest) -> web.Response:
         """Bring a model in, through the queue like any request; answers when it is there."""
         model = self.find_model(request.query.get("model"))
-        worker = self.worker_of(model)
+        worker = self.workers.get(model.group)
         if worker:
             self.refuse_if_full()
             async with worker.turn(Ticket(model.name, clock())):
@@ -1770,10 +1765,9 @@ class Jano:
 
     async def post_unload(self, request: web.BaseRequest) -> web.Response:
         """Drain, and free the memory: of the group of ?model=, or of all groups."""
-        workers = list(self.workers.values())
-        if "model" in request.query:
-            worker = self.worker_of(self.find_model(request.query["model"]))
-            workers = [worker] if worker else []
+        named = "model" in request.query
+        only = self.find_model(request.query["model"]).group if named else None
+        workers = [each for each in self.workers.values() if only in (None, each.group)]
         # Shielded: a client that leaves must not let go of the lock while the script runs.
         unloads = asyncio.gather(*(worker.unload() for worker in workers), return_exceptions=True)
         names = await asyncio.shield(unloads)
@@ -2115,6 +2109,8 @@ def load_models(settings: Settings) -> list[Model]:
             if key not in entry and default is None:
                 raise ConfigError(f"{where}: {key}", "it missing", kind.expected)
             values[key] = kind.read(f"{where}: {key}", entry[key]) if key in entry else default
+        if values["passthrough"]:
+            values["group"] = ""  # it is of none
         model = Model(**values)
         check_model(where, model, models, settings)
         models.append(model)
@@ -2470,7 +2466,7 @@ def page(jano: Jano) -> str:
     payload, heads, cards = status(jano), [], ""
     for index, model in enumerate(islice(jano.models.values(), 50)):
         name, state = model.name, jano.state_of(model)
-        group = f"{isolated(model.group)}: " if len(jano.workers) > 1 else ""
+        group = f"{isolated(model.group)}: " if model.group and len(jano.workers) > 1 else ""
         verb = "unload" if state == "loaded" else "load"
         if state != "unloaded":
             heads.append(f"{group}{isolated(name)} is {state}")
