@@ -1555,25 +1555,22 @@ class Jano:
 
     async def read_body(self, request: web.BaseRequest) -> bytes:
         """The whole body, unpacked if it came packed. Raises ApiError."""
-        limit = self.settings.max_body_mb
-        text = f"the body is larger than {limit} MB (MAX_BODY_MB)"
-        if (request.content_length or 0) > limit * 2**20:
-            raise ApiError(413, text, "body_too_large")
+        limit, size = self.settings.max_body_mb * 2**20, request.content_length or 0
         # curl asks by itself. HTTP/1.0 knows no such question (RFC 9110, 10.1.1).
         asks = request.headers.get("Expect", "").lower() == "100-continue"
-        if asks and request.version >= (1, 1):
+        if asks and request.version >= (1, 1) and size <= limit:
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if request.content.is_eof() and not request.content.exception():  # it has come already
-            body = request.content.read_nowait()
-            if len(body) > limit * 2**20:
-                raise ApiError(413, text, "body_too_large")
-            return body
+        body = bytearray()
         try:
-            return await request.read()
-        except web.HTTPRequestEntityTooLarge:
-            raise ApiError(413, text, "body_too_large") from None
+            while size <= limit and (piece := await request.content.readany()):
+                body += piece
+                size = len(body)
         except (web.RequestPayloadError, ValueError):
             raise ApiError(400, "the body is damaged", "invalid_body") from None
+        if size > limit:
+            text = f"the body is larger than {self.settings.max_body_mb} MB (MAX_BODY_MB)"
+            raise ApiError(413, text, "body_too_large")
+        return bytes(body)
 
     def read_target(self, request: web.BaseRequest) -> tuple[Any, str]:
         """The model that is named beside the body, if any; path and query for its backend."""
@@ -2591,8 +2588,7 @@ async def run(settings: Settings, models: list[Model]) -> int:
     """Serve until a signal. The exit code."""
     loop = asyncio.get_running_loop()
     jano = Jano(settings)
-    limit = settings.max_body_mb * 2**20
-    make_request = functools.partial(web.BaseRequest, loop=loop, client_max_size=limit)
+    make_request = functools.partial(web.BaseRequest, loop=loop)
     server = web.Server(jano.handle, request_factory=make_request, handler_cancellation=True)
     options: dict[str, Any] = {"loop": loop, "access_log": None, **LIMITS}
     connect = functools.partial(Connection, server, **options)
