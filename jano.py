@@ -1433,9 +1433,32 @@ class Jano:
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request; every error in the dialect of who asks."""
+        path, headers = request.path, request.headers
+        method = "GET" if request.method == "HEAD" else request.method
+        route = "/v1/models/" if path.startswith("/v1/models/") else path
+        allowed, handler = self.routes.get(route, ("POST", None))
+        named = path.startswith(UPSTREAM) or request.query.get("model") or headers.get("X-Model")
         try:
             self.check_client(request)
-            response = await self.dispatch(request)
+            if handler and method == allowed:
+                response = await handler(request)
+                if path in ("/load", "/unload") and "text/html" in headers.get("Accept", ""):
+                    response = web.Response(status=303, headers={"Location": "/"})  # a browser
+            elif method == "OPTIONS":  # before a page of another origin may ask (Fetch, 3.2)
+                asked = headers.get("Access-Control-Request-Headers", "*")
+                allow = {"Access-Control-Allow-Headers": asked, "Access-Control-Max-Age": "600"}
+                response = web.Response(status=204, headers=PREFLIGHT | allow)
+            elif headers.get("Upgrade", "").lower() == "websocket":
+                upgrade = {"Upgrade": "HTTP/1.1", "Connection": "upgrade"}  # RFC 9110, 15.5.22
+                raise ApiError(426, "WebSockets are not served here", "no_websocket", upgrade)
+            elif handler is None and (method == "POST" or (named and method != "CONNECT")):
+                response = await self.serve(await self.read_call(request))
+            elif handler is None and method == "GET":
+                text = f"there is no {shown(path)} here; name a model to ask its backend"
+                raise ApiError(404, text, "unknown_route")
+            else:
+                allow = {"Allow": f"{allowed}, OPTIONS".replace("GET", "GET, HEAD")}
+                raise ApiError(405, f"{method} is not for this path", "method_not_allowed", allow)
         except ApiError as error:
             response = error.response(request)
         if not isinstance(response, Written):
@@ -1484,34 +1507,6 @@ class Jano:
         exposed = "x-request-id, Server-Timing, Retry-After"
         headers = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
         return headers | {"Access-Control-Expose-Headers": exposed}
-
-    async def dispatch(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Jano's own routes, or else a backend. Raises ApiError."""
-        method = "GET" if request.method == "HEAD" else request.method
-        path = request.path
-        route = "/v1/models/" if path.startswith("/v1/models/") else path
-        allowed, handler = self.routes.get(route, ("POST", None))
-        if method == "OPTIONS":  # before a page of another origin may ask (Fetch standard, 3.2)
-            asked = request.headers.get("Access-Control-Request-Headers", "*")
-            headers = {"Access-Control-Allow-Headers": asked, "Access-Control-Max-Age": "600"}
-            return web.Response(status=204, headers=PREFLIGHT | headers)
-        if handler and method == allowed:
-            response = await handler(request)
-            if path in ("/load", "/unload") and "text/html" in request.headers.get("Accept", ""):
-                return web.Response(status=303, headers={"Location": "/"})  # a browser: the page
-            return response
-        if request.headers.get("Upgrade", "").lower() == "websocket":
-            upgrade = {"Upgrade": "HTTP/1.1", "Connection": "upgrade"}  # RFC 9110, 15.5.22
-            raise ApiError(426, "WebSockets are not served here", "no_websocket", upgrade)
-        named = path.startswith(UPSTREAM) or "X-Model" in request.headers
-        named = (named or "model" in request.query) and method != "CONNECT"
-        if handler is None and (method == "POST" or named):
-            return await self.serve(await self.read_call(request))
-        if handler is None and method == "GET":
-            text = f"there is no {shown(path)} here; name a model to ask its backend"
-            raise ApiError(404, text, "unknown_route")
-        allow = {"Allow": f"{allowed}, OPTIONS".replace("GET", "GET, HEAD")}
-        raise ApiError(405, f"{method} is not for this path", "method_not_allowed", allow)
 
     async def read_call(self, request: web.BaseRequest) -> Call:
         """Read the request and find its model. Raises ApiError."""
