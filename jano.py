@@ -1219,10 +1219,10 @@ class Call(Ticket):
     jano: Jano
     request: web.BaseRequest
     entry: Model  # the model's entry in models.json
-    worker: Worker | None  # None: it needs no turn
-    target: str  # path and query for the backend, in the client's own spelling
     body: bytes
-    stream: str  # which of STREAMS it asks for; "": any other answer
+    worker: Worker | None = None  # None: it needs no turn
+    target: str = ""  # path and query for the backend, in the client's own spelling
+    stream: str = ""  # which of STREAMS it asks for; "": any other answer
     unsent: bytes = b""  # the head of the answer; it goes out with what comes first
     chunked: bool = False  # the answer's body is sent in chunks
     keep_alive: bool = True
@@ -1452,7 +1452,7 @@ class Jano:
                 upgrade = {"Upgrade": "HTTP/1.1", "Connection": "upgrade"}  # RFC 9110, 15.5.22
                 raise ApiError(426, "WebSockets are not served here", "no_websocket", upgrade)
             elif handler is None and (method == "POST" or (named and method != "CONNECT")):
-                response = await self.serve(await self.read_call(request))
+                response = await self.serve(await self.read_call(request, bool(named)))
             elif handler is None and method == "GET":
                 text = f"there is no {shown(path)} here; name a model to ask its backend"
                 raise ApiError(404, text, "unknown_route")
@@ -1508,12 +1508,12 @@ class Jano:
         headers = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
         return headers | {"Access-Control-Expose-Headers": exposed}
 
-    async def read_call(self, request: web.BaseRequest) -> Call:
-        """Read the request and find its model. Raises ApiError."""
+    async def read_call(self, request: web.BaseRequest, named: bool) -> Call:
+        """Read the request, find its model. named: path, query or header tell. Raises ApiError."""
         body = await self.read_body(request)
-        name, target = self.read_target(request)
-        by_path = request.path.startswith(UPSTREAM)
-        path = unquote(target.partition("?")[0]) if by_path else request.path
+        path, target = request.path, request.raw_path.partition("#")[0]
+        if not target.startswith("/"):  # an address, or * (RFC 9112, 3.2)
+            target = "/" + request.rel_url.raw_path_qs.removeprefix("/")
         fields: dict[str, Any] = {}
         part = None  # where in a form its model stands
         try:
@@ -1523,30 +1523,28 @@ class Jano:
             elif request.method == "POST":
                 fields = parse_object(body)
         except ApiError:
-            if not name:  # otherwise it is the backend's matter
+            if not named:  # otherwise it is the backend's matter
                 raise
-        if not by_path:
-            name = fields.get("model") or name
+        name = fields.get("model") or request.query.get("model") or request.headers.get("X-Model")
+        if path.startswith(UPSTREAM):
+            name, path, target = self.split_upstream(target)
         model = self.find_model(name, path)
         if model.upstream_model and part:
             body = body[: part.start] + model.upstream_model.encode() + body[part.stop :]
         elif model.upstream_model and "model" in fields:
             body = rewritten({**fields, "model": model.upstream_model})
-        stream = bare(path) if fields.get("stream") is True and bare(path) in STREAMS else ""
+        tier = TIERS.get(str(fields.get("service_tier")), DEFAULT)
+        call = Call(model.name, clock(), tier, jano=self, request=request, entry=model, body=body)
         self.last_id += 1
-        return Call(
-            model=model.name,
-            arrived=clock(),
-            tier=TIERS.get(str(fields.get("service_tier")), DEFAULT),
-            id=str(self.last_id),
-            jano=self,
-            request=request,
-            entry=model,
-            worker=self.workers.get(model.group) if request.method == "POST" else None,
-            target=target,
-            body=body,
-            stream=stream,
-        )
+        call.id, call.target = str(self.last_id), target
+        if fields.get("stream") is True and bare(path) in STREAMS:
+            call.stream = bare(path)
+        if request.method == "POST":
+            call.worker = self.workers.get(model.group)
+        elif self.state_of(model) != "loaded":
+            text = f'"{model.name}" is not loaded; POST /load?model=… loads a model'
+            raise ApiError(409, text, "model_not_loaded")
+        return call
 
     async def read_body(self, request: web.BaseRequest) -> bytes:
         """The whole body, unpacked if it came packed. Raises ApiError."""
@@ -1567,21 +1565,16 @@ class Jano:
             raise ApiError(413, text, "body_too_large")
         return bytes(body)
 
-    def read_target(self, request: web.BaseRequest) -> tuple[Any, str]:
-        """The model that is named beside the body, if any; path and query for its backend."""
-        target = request.raw_path if request.raw_path[:1] == "/" else request.rel_url.raw_path_qs
-        target = target.partition("#")[0]
-        target = target if target.startswith("/") else f"/{target}"  # RFC 9112, 3.2.1
-        if not request.path.startswith(UPSTREAM):
-            name = request.query.get("model") if "?" in target else None
-            return name or request.headers.get("X-Model"), target
+    def split_upstream(self, target: str) -> tuple[str, str, str]:
+        """/upstream/{model}/… as the model's name, and its backend's path and target."""
         path, mark, query = target.partition("?")
         steps = path.removeprefix(UPSTREAM).split("/")
-        for count in range(len(steps), 0, -1):  # a name may have slashes
-            name = unquote("/".join(steps[:count]))
+        for end in range(len(steps), 0, -1):  # a name may have slashes
+            name = unquote("/".join(steps[:end]))
             if name.casefold() in self.names:
-                return name, "/" + "/".join(steps[count:]) + mark + query
-        return unquote(steps[0]), "/"
+                path = "/" + "/".join(steps[end:])
+                return name, unquote(path), path + mark + query
+        return unquote(steps[0]), "/", "/"
 
     def find_model(self, name: object, path: str = "", status: int = 400) -> Model:
         """By its name or an alias; if there is no name, by `endpoints`. Raises ApiError."""
@@ -1630,7 +1623,7 @@ class Jano:
         return Written(call.keep_alive)
 
     def begin(self, call: Call) -> None:
-        """Admit the call and time its heartbeats. Raises ApiError (503, or 409: not loaded)."""
+        """Admit the call and time its heartbeats. Raises ApiError."""
         if self.stopping.is_set():
             raise SHUTTING_DOWN()
         if call.worker:
@@ -1639,9 +1632,6 @@ class Jano:
             if len(self.calls) >= self.settings.max_queue or self.held_bytes + size > MAX_HELD:
                 self.refuse_if_full(size)
             log("info", "enqueued", id=call.id, model=call.model)
-        elif self.state_of(call.entry) != "loaded":
-            text = f'"{call.model}" is not loaded; POST /load?model=… loads a model'
-            raise ApiError(409, text, "model_not_loaded")
         self.calls[call] = cast("asyncio.Task[Any]", asyncio.current_task())
         self.held_bytes += len(call.body)
         if call.stream and self.settings.heartbeat:
