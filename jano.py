@@ -1588,54 +1588,42 @@ class Jano:
         text += f"; accepted: {', '.join(accepted)}"
         raise ApiError(status, text, "model_not_found", accepted=accepted)
 
-    async def serve(self, call: Call) -> Written:
+    async def serve(self, call: Call) -> web.StreamResponse:
         """Serve the call to its end; count it before its last byte, its error or its abort."""
-        self.begin(call)
-        try:
-            try:
-                last = await self.take_turn(call)
-                self.settle(call, call.sent_status)
-            except ApiError as error:
-                words = f"the backend answered {error.status}"  # its own words may quote a prompt
-                words = words if error.code == "backend_error" else str(error)
-                self.settle(call, error.status, words)
-                error.headers["x-request-id"] = call.id
-                if not call.beats:
-                    raise
-                last = call.frame(error.event(call.stream), last=True)
-            await call.write(last)
-        except BackendError as error:
-            failure = f'backend "{call.model}" {error} in the middle of an answer'
-            self.settle(call, error.status, failure)
-            abort(call.request)
-        except (ConnectionError, TimeoutError, asyncio.CancelledError) as error:
-            self.settle(call, CLIENT_LEFT)
-            abort(call.request)  # when jano stops, too: the answer must not look complete
-            if isinstance(error, asyncio.CancelledError):
-                raise
-        finally:
-            if call.status is None:
-                self.settle(call, 500, "jano failed")
-                abort(call.request)
-            self.held_bytes -= len(call.body)
-            call.body = b""  # tracebacks may keep the call for a while
-            del self.calls[call]
-        return Written(call.keep_alive)
-
-    def begin(self, call: Call) -> None:
-        """Admit the call and time its heartbeats. Raises ApiError."""
         if self.stopping.is_set():
             raise SHUTTING_DOWN()
+        size = len(call.body)
         if call.worker:
-            size = len(call.body)
             # To count who waits takes long; with fewer calls there is room.
             if len(self.calls) >= self.settings.max_queue or self.held_bytes + size > MAX_HELD:
                 self.refuse_if_full(size)
             log("info", "enqueued", id=call.id, model=call.model)
         self.calls[call] = cast("asyncio.Task[Any]", asyncio.current_task())
-        self.held_bytes += len(call.body)
+        self.held_bytes += size
         if call.stream and self.settings.heartbeat:
             call.timer = asyncio.get_running_loop().call_later(self.settings.heartbeat, call.beat)
+        try:
+            try:
+                last = await self.take_turn(call)
+                self.settle(call)
+            except ApiError as error:
+                self.settle(call, error)
+                error.headers["x-request-id"] = call.id
+                if not call.beats:
+                    return error.response(call.request)
+                last = call.frame(error.event(call.stream), last=True)
+            await call.write(last)
+        except BaseException as error:
+            if call.status is None:
+                self.settle(call, error)
+            abort(call.request)  # when jano stops, too: the answer must not look complete
+            if not isinstance(error, (BackendError, ConnectionError, TimeoutError)):
+                raise
+        finally:
+            self.held_bytes -= size
+            call.body = b""  # tracebacks may keep the call for a while
+            del self.calls[call]
+        return Written(call.keep_alive)
 
     def refuse_if_full(self, size: int = 0) -> None:
         """Raises ApiError if there is no room for one more that waits, with a body of this size."""
@@ -1645,12 +1633,9 @@ class Jano:
             text = f"{waiting} requests wait, with {self.held_bytes >> 20} MB"
             raise ApiError(503, f"the queue is full: {text}", "queue_full", RETRY_SOON)
 
-    async def take_turn(self, call: Call, again: bool = True) -> bytes:
-        """Wait for the turn, and forward; returns the last bytes. Raises ApiError, BackendError.
-
-        Once again where the backend refuses the connection, as the worker then loads the model.
-        """
-        worker = call.worker
+    async def take_turn(self, call: Call) -> bytes:
+        """Forward in the call's turn, twice if the backend was gone. Returns the last bytes."""
+        worker, had_turn = call.worker, call.granted is not None
         try:
             if worker is None:
                 call.granted = clock()
@@ -1665,23 +1650,31 @@ class Jano:
         except Moved:
             call.entry = self.models[call.model]
             call.worker = self.workers.get(call.entry.group)
-            return await self.take_turn(call, again)
         except BackendError as error:
             if call.relaying:
                 raise
-            if worker and again and not error.sent:
-                return await self.take_turn(call, again=False)
-            code = "backend_timeout" if error.status == 504 else "backend_died"
-            code = code if error.sent else "backend_unreachable"
-            raise ApiError(error.status, f'backend "{call.model}" {error}', code) from None
+            if error.sent or had_turn or worker is None:
+                code = "backend_timeout" if error.status == 504 else "backend_died"
+                code = code if error.sent else "backend_unreachable"
+                raise ApiError(error.status, f'backend "{call.model}" {error}', code) from None
+        return await self.take_turn(call)
 
-    def settle(self, call: Call, status: int, failure: str = "") -> None:
-        """The request is over: count it. The first word counts."""
-        if call.status is not None:
-            return
+    def settle(self, call: Call, error: BaseException | None = None) -> None:
+        """The request is over: count it. error is what has cut it short."""
         call.stop_heartbeats()
-        call.status = status
-        now = clock()
+        status, failure = call.sent_status, ""
+        if isinstance(error, ApiError):
+            status, failure = error.status, str(error)
+            if error.code == "backend_error":  # its own words may quote a prompt
+                failure = f"the backend answered {status}"
+        elif isinstance(error, BackendError):
+            status = error.status
+            failure = f'backend "{call.model}" {error} in the middle of an answer'
+        elif isinstance(error, (ConnectionError, TimeoutError, asyncio.CancelledError)):
+            status = CLIENT_LEFT
+        elif error:
+            status, failure = 500, "jano failed"
+        call.status, now = status, clock()
         self.telemetry.settled(call, now, failure)
         took = round(1000 * (now - call.arrived))
         facts = {"id": call.id, "model": call.model, "status": status, "ms": took}
