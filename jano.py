@@ -1623,7 +1623,7 @@ class Jano:
             self.held_bytes -= size
             call.body = b""  # tracebacks may keep the call for a while
             del self.calls[call]
-        return Written(call.keep_alive)
+        return WRITTEN[call.keep_alive]
 
     def refuse_if_full(self, size: int = 0) -> None:
         """Raises ApiError if there is no room for one more that waits, with a body of this size."""
@@ -2525,6 +2525,9 @@ class Written(web.StreamResponse):
 
     async def write_eof(self, data: bytes = b"") -> None:
         """Nothing is left to do."""
+
+
+WRITTEN = {keep_alive: Written(keep_alive) for keep_alive in (False, True)}
 
 
 class Connection(web.RequestHandler):
