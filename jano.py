@@ -1468,13 +1468,12 @@ class Jano:
 
     def check_client(self, request: web.BaseRequest) -> None:
         """Host and Origin must be allowed, and the key right. Raises ApiError 403 or 401."""
-        host, origin = request.headers.get("Host"), request.headers.get("Origin")
-        if self.hosts and host is not None:
-            name = host_name(host)
-            if name not in self.hosts and not name.endswith((".localhost", ".internal")):
-                # DNS rebinding: a web page's own name that points at 127.0.0.1 now.
-                text = f"unknown Host {shown(host)}, see JANO_ALLOWED_HOSTS"
-                raise ApiError(403, text, "host_not_allowed")
+        host, origin = request.headers.get("Host", "localhost"), request.headers.get("Origin")
+        name = host_name(host)
+        if self.hosts and name not in self.hosts and not name.endswith((".localhost", ".internal")):
+            # DNS rebinding: a web page's own name that points at 127.0.0.1 now.
+            text = f"unknown Host {shown(host)}, see JANO_ALLOWED_HOSTS"
+            raise ApiError(403, text, "host_not_allowed")
         same_origin = {f"http://{host}".lower(), f"https://{host}".lower()} if origin else ()
         if origin and origin.lower() not in same_origin and not self.cors_headers(request):
             text = f"unknown Origin {shown(origin)}, see JANO_CORS_ORIGINS"
@@ -1755,16 +1754,13 @@ class Jano:
         """Ollama's version, the listed models, or those that are loaded."""
         if request.path == "/api/version":
             return web.json_response({"version": "0.12.6"})  # clients refuse one that is too old
-        models = []
-        for model in self.models.values():
-            loaded = self.state_of(model) == "loaded"
-            if not model.unlisted and (loaded or request.path == "/api/tags"):
-                entry = {"name": model.name, "model": model.name, "details": OLLAMA_DETAILS}
-                entry |= {
-                    "modified_at": utc(self.telemetry.started),
-                    "expires_at": "2318-04-04T00:00:00Z",
-                }
-                models.append(entry | {"digest": "0" * 64, "size": 0, "size_vram": 0})
+        listed = [model for model in self.models.values() if not model.unlisted]
+        if request.path == "/api/ps":
+            listed = [model for model in listed if self.state_of(model) == "loaded"]
+        entry: dict[str, Any] = {"details": OLLAMA_DETAILS}
+        entry |= {"modified_at": utc(self.telemetry.started), "expires_at": "2318-04-04T00:00:00Z"}
+        entry |= {"digest": "0" * 64, "size": 0, "size_vram": 0}
+        models = [{"name": model.name, "model": model.name, **entry} for model in listed]
         return web.json_response({"models": models})
 
     async def post_show(self, request: web.BaseRequest) -> web.Response:
