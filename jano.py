@@ -862,15 +862,15 @@ async def forward(call: Call) -> bytes:
         head = await upstream.ask(call.request_head(), call.body, timeout)
         if head.code >= 500 and call.worker:
             call.worker.backend_failed(call.model)
-        if call.beats:
-            await refuse_unless_stream(upstream, head)
         call.begin_answer(head)
+        if call.beats and not call.beating:
+            raise await refusal(upstream, head)
         while True:
             piece = upstream.take()
             if piece:
                 if call.first_byte is None:
                     call.first_byte = clock()
-                    call.stop_heartbeats()
+                    call.beating = False
                 if call.excerpt is not None:
                     call.excerpt += piece
                     del call.excerpt[KEEP:-KEEP]
@@ -1227,6 +1227,7 @@ class Call(Ticket):
     chunked: bool = False  # the answer's body is sent in chunks
     keep_alive: bool = True
     beats: int = 0  # heartbeats sent
+    beating: bool = True  # another one may be sent, even within the answer
     timer: asyncio.TimerHandle | None = None  # of the next one
     relaying: bool = False  # the backend's answer has begun
     sent_status: int = 0  # what the client is told
@@ -1258,15 +1259,15 @@ class Call(Ticket):
     def begin_answer(self, head: RawResponseMessage) -> None:
         """Prepare the backend's status line and headers, and jano's, unless a head is out."""
         self.relaying = True
+        length = None if head.chunked else head.headers.get("Content-Length")
         content_type = head.headers.get("Content-Type", "").lower()
         events = "event-stream" in content_type
+        plain = head.headers.get("Content-Encoding", "identity").lower() == "identity"
+        self.beating = head.code == 200 and events and plain and (self.beats > 0 or not length)
         if events or "json" in content_type:
             self.excerpt = bytearray()
         if self.beats:
             return
-        length = None if head.chunked else head.headers.get("Content-Length")
-        if head.code != 200 or not events or length or "Content-Encoding" in head.headers:
-            self.stop_heartbeats()  # else they go on until the first event
         # Jano's own word on who may read it counts.
         drop = {b"access-control-allow-origin"} if "Origin" in self.request.headers else set()
         lines = [line.translate(None, CONTROL) for line in end_to_end(head, drop)]
@@ -1317,19 +1318,15 @@ class Call(Ticket):
             async with asyncio.timeout(self.jano.settings.request_timeout):
                 await self.request.writer.drain()
 
-    def stop_heartbeats(self) -> None:
-        if self.timer:
-            self.timer.cancel()
-
     def beat(self) -> None:
-        """Send a sign of life. If no answer has begun, a 200 goes first; failures are then events.
-
-        Parsers of server-sent events skip comments (HTML standard, 9.2.6). Codex wants events.
-        """
-        data = b": waiting\n\n"
-        if self.stream == "responses":
-            data = event({"type": "keepalive", "sequence_number": self.beats})
-        if not self.beats and not self.relaying:
+        """Send a sign of life. If no answer has begun, a 200 goes first; errors are events then."""
+        if not self.beating:
+            return
+        data = b": waiting\n\n"  # a comment, which clients skip (HTML standard, 9.2.6)
+        if self.stream == "responses":  # Codex wants events
+            data = b'event: keepalive\ndata: {"type":"keepalive","sequence_number":%d}\n\n'
+            data %= self.beats
+        if not self.sent_status:
             lines = [b"Content-Type: text/event-stream", b"Cache-Control: no-cache"]
             lines += [b"X-Accel-Buffering: no", b"x-request-id: " + self.id.encode()]
             self.set_head(200, "OK", lines, None)
@@ -1355,28 +1352,24 @@ def end_to_end(head: Any, drop: set[bytes]) -> list[bytes]:
     return lines
 
 
-async def refuse_unless_stream(upstream: Upstream, head: RawResponseMessage) -> None:
-    """The client has the head of a stream of events, because of its heartbeats. Raises ApiError,
-    in the backend's words (OpenAI's, vLLM's or FastAPI's form, or text), if the answer is none."""
-    encoding = head.headers.get("Content-Encoding", "identity").lower()
-    events = "event-stream" in head.headers.get("Content-Type", "").lower()
-    if head.code == 200 and events and encoding == "identity":
-        return
+async def refusal(upstream: Upstream, head: RawResponseMessage) -> ApiError:
+    """An answer that is no stream, for a client that has the head of one because of its heartbeats:
+    the backend's words, in OpenAI's, vLLM's or FastAPI's form, or text."""
     body = upstream.take()
     with contextlib.suppress(BackendError):
         while len(body) < BUFFER and not upstream.complete():
             await upstream.more()
             body += upstream.take()
-    text = body.decode(errors="replace").strip() if encoding == "identity" else ""
+    text = "" if "Content-Encoding" in head.headers else body.decode(errors="replace").strip()
     words: Any = None
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         words = json.loads(text)
     for key in ("error", "message", "detail"):
-        if isinstance(words, dict) and key in words:
-            words = words[key]
+        if isinstance(words, dict):
+            words = words.get(key, words)
     words = words if isinstance(words, str) else text
     words = words[:500] or f"the backend answered {head.code} and no stream"
-    raise ApiError(head.code if head.code >= 400 else 502, words, "backend_error")
+    return ApiError(head.code if head.code >= 400 else 502, words, "backend_error")
 
 
 class Jano:
@@ -1660,7 +1653,8 @@ class Jano:
 
     def settle(self, call: Call, error: BaseException | None = None) -> None:
         """The request is over: count it. error is what has cut it short."""
-        call.stop_heartbeats()
+        if call.timer:
+            call.timer.cancel()
         status, failure = call.sent_status, ""
         if isinstance(error, ApiError):
             status, failure = error.status, str(error)
