@@ -875,9 +875,9 @@ async def forward(call: Call) -> bytes:
                     call.excerpt += piece
                     del call.excerpt[KEEP:-KEEP]
             if upstream.complete():
-                return call.frame(piece, last=True)
+                return piece
             if piece or call.unsent:  # unsent: the answer's head, which waits for no body
-                await call.write(call.frame(piece))
+                await call.write(piece)
             else:
                 await upstream.more()
     finally:
@@ -1300,20 +1300,19 @@ class Call(Ticket):
         start = f"HTTP/{major}.{minor} {status} {reason}".encode("utf-8", "surrogateescape")
         self.unsent = b"\r\n".join([start.translate(None, CONTROL), *lines, b"\r\n"])
 
-    def frame(self, piece: bytes, last: bool = False) -> bytes:
+    def send(self, piece: bytes, last: bool = False) -> None:
         """A piece of the body, behind the head if that is not out (RFC 9112, 7.1)."""
         if self.chunked:
             piece = b"%x\r\n%b\r\n" % (len(piece), piece) if piece else b""
             piece += b"0\r\n\r\n" if last else b""
-        head, self.unsent = self.unsent, b""
-        return head + piece
-
-    async def write(self, data: bytes) -> None:
-        """Send to the client; wait while it does not read. Raises ConnectionError, TimeoutError."""
         transport = self.request.transport
-        if transport is None or transport.is_closing():
-            raise ConnectionResetError
-        transport.write(data)
+        if transport:  # else the client has left, and the handler is cancelled
+            transport.write(self.unsent + piece)
+        self.unsent = b""
+
+    async def write(self, piece: bytes, last: bool = False) -> None:
+        """Send, and wait while the client does not read. Raises ConnectionError, TimeoutError."""
+        self.send(piece, last)
         if self.request.protocol.writing_paused:
             async with asyncio.timeout(self.jano.settings.request_timeout):
                 await self.request.writer.drain()
@@ -1331,8 +1330,7 @@ class Call(Ticket):
             lines += [b"X-Accel-Buffering: no", b"x-request-id: " + self.id.encode()]
             self.set_head(200, "OK", lines, None)
         self.beats += 1
-        if self.request.transport:  # which buffers what its client does not read
-            self.request.transport.write(self.frame(data))
+        self.send(data)  # the transport buffers what its client does not read
         interval = self.jano.settings.heartbeat
         self.timer = asyncio.get_running_loop().call_later(interval, self.beat)
 
@@ -1603,8 +1601,8 @@ class Jano:
                 error.headers["x-request-id"] = call.id
                 if not call.beats:
                     return error.response(call.request)
-                last = call.frame(error.event(call.stream), last=True)
-            await call.write(last)
+                last = error.event(call.stream)
+            await call.write(last, last=True)
         except BaseException as error:
             if call.status is None:
                 self.settle(call, error)
