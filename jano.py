@@ -1132,8 +1132,6 @@ MAX_PARTS = 1000  # of a form
 TIERS = {"priority": PRIORITY, "flex": FLEX}
 STREAMS = {"chat/completions", "completions", "messages", "responses"}  # streams that are known
 UPSTREAM = "/upstream/"  # followed by a model's name, and a path for its backend
-OLLAMA_PATH = f"({UPSTREAM}.+)?/api/"
-MESSAGES_PATH = f"({UPSTREAM}.+)?(/v1)?/messages"  # Anthropic's
 UNPACKED = {"gzip", "deflate", "br", "zstd"}  # request bodies that aiohttp has unpacked
 
 # Hop by hop (RFC 9110, 7.6.1), and what is made anew for the next hop.
@@ -1157,42 +1155,32 @@ class ApiError(Exception):
         super().__init__(text)
         self.status, self.code, self.headers, self.more = status, code, dict(headers), more
 
-    def payload(self, dialect: str) -> dict[str, Any]:
-        """In the shape of OpenAI's, Anthropic's or Ollama's API."""
-        if dialect == "ollama":
-            return {"error": str(self)}
+    def payload(self, request: web.BaseRequest) -> dict[str, Any]:
+        """In the shape of the API that the client speaks: OpenAI's, Anthropic's or Ollama's."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        if dialect == "anthropic":
+        messages = re.match(f"({UPSTREAM}.+)?(/v1)?/messages", request.path)
+        if messages or "anthropic-version" in request.headers:
             kind = ANTHROPIC_TYPES.get(self.status, kind.replace("server", "api"))
             return {"type": "error", "error": {"type": kind, "message": str(self)}}
+        if re.match(f"({UPSTREAM}.+)?/api/", request.path):
+            return {"error": str(self)}
         param = "model" if "accepted" in self.more else None
         error = {"message": str(self), "type": kind, "param": param, "code": self.code}
         return {"error": error, **self.more}
 
     def response(self, request: web.BaseRequest) -> web.Response:
         """For a client that has got nothing yet."""
-        dialect = "openai"
-        if re.match(OLLAMA_PATH, request.path):
-            dialect = "ollama"
-        if "anthropic-version" in request.headers or re.match(MESSAGES_PATH, request.path):
-            dialect = "anthropic"
-        payload = self.payload(dialect)
-        return web.json_response(payload, status=self.status, headers=self.headers)
+        return web.json_response(self.payload(request), status=self.status, headers=self.headers)
 
-    def event(self, stream: str) -> bytes:
-        """For one that has got heartbeats: the end of its stream, of this kind."""
-        payload = self.payload("anthropic" if stream == "messages" else "openai")
+    def event(self, call: Call) -> bytes:
+        """For one that has got heartbeats: the end of its stream."""
+        payload = self.payload(call.request)
         payload["error"]["type"] = self.code  # at "server_error" or "api_error", agents ask again
-        if stream == "responses":
+        if call.stream == "responses":
             response = {"object": "response", "status": "failed", "error": payload["error"]}
             payload |= {"type": "response.failed", "response": response}
-        return event(payload)
-
-
-def event(payload: dict[str, Any]) -> bytes:
-    """A server-sent event; where its payload has a type, that is its name, too."""
-    name = f"event: {payload['type']}\n" if "type" in payload else ""
-    return f"{name}data: {compact(payload)}\n\n".encode()
+        name = f"event: {payload['type']}\n" if "type" in payload else ""
+        return f"{name}data: {compact(payload)}\n\n".encode()
 
 
 class Moved(ApiError):
@@ -1601,7 +1589,7 @@ class Jano:
                 error.headers["x-request-id"] = call.id
                 if not call.beats:
                     return error.response(call.request)
-                last = error.event(call.stream)
+                last = error.event(call)
             await call.write(last, last=True)
         except BaseException as error:
             if call.status is None:
