@@ -1132,7 +1132,6 @@ MAX_PARTS = 1000  # of a form
 TIERS = {"priority": PRIORITY, "flex": FLEX}
 STREAMS = {"chat/completions", "completions", "messages", "responses"}  # streams that are known
 UPSTREAM = "/upstream/"  # followed by a model's name, and a path for its backend
-UNPACKED = {"gzip", "deflate", "br", "zstd"}  # request bodies that aiohttp has unpacked
 
 # Hop by hop (RFC 9110, 7.6.1), and what is made anew for the next hop.
 HOP_BY_HOP = frozenset(
@@ -1229,17 +1228,17 @@ class Call(Ticket):
 
     def request_head(self) -> bytes:
         """For the backend: the client's start line and headers, less what is for this hop."""
-        request, entry = self.request, self.entry
-        drop = {name.lower().encode() for name in entry.headers}
-        if self.jano.settings.api_key:
-            drop |= self.jano.key_headers(request)
-        if request.headers.get("Content-Encoding", "").lower() in UNPACKED:
-            drop.add(b"content-encoding")
+        request, url = self.request, self.entry.url
+        start = f"{request.method} {url.path}{self.target} HTTP/1.1"
+        lines = [start.encode("utf-8", "surrogateescape"), b"Host: " + url.netloc.encode()]
+        drop = self.jano.key_headers(request) if self.jano.settings.api_key else set()
+        for name, value in self.entry.headers.items():
+            drop.add(name.lower().encode())
+            lines.append(f"{name}: {value}".encode())
+        if request.headers.get("Content-Encoding", "").lower() in ("gzip", "deflate", "br", "zstd"):
+            drop.add(b"content-encoding")  # aiohttp has unpacked the body
         if self.stream:  # a heartbeat's head names no encoding
             drop.add(b"accept-encoding")
-        start = f"{request.method} {entry.url.path}{self.target} HTTP/1.1"
-        lines = [start.encode("utf-8", "surrogateescape"), b"Host: " + entry.url.netloc.encode()]
-        lines += [f"{name}: {value}".encode() for name, value in entry.headers.items()]
         if self.body or request.method in ("POST", "PUT", "PATCH"):
             lines.append(b"Content-Length: %d" % len(self.body))
         return b"\r\n".join([*lines, *end_to_end(request, drop), b"\r\n"])
@@ -1258,7 +1257,7 @@ class Call(Ticket):
             return
         # Jano's own word on who may read it counts.
         drop = {b"access-control-allow-origin"} if "Origin" in self.request.headers else set()
-        lines = [line.translate(None, CONTROL) for line in end_to_end(head, drop)]
+        lines = end_to_end(head, drop)
         if "Date" not in head.headers:
             lines.append(gmt("Date: %a, %d %b %Y %H:%M:%S GMT", int(time.time())).encode())
         if "x-request-id" not in head.headers:
@@ -1324,17 +1323,16 @@ class Call(Ticket):
 
 
 def end_to_end(head: Any, drop: set[bytes]) -> list[bytes]:
-    """The header lines of a request or an answer, less those to drop and those for this hop, some
-    of which Connection names (RFC 9110, 7.6.1)."""
+    """The header lines, less those to drop and those for this hop (RFC 9110, 7.6.1)."""
     if "Connection" in head.headers:
-        value = ",".join(head.headers.getall("Connection")).lower()
-        drop.update(os.fsencode(token.strip()) for token in value.split(","))
+        for token in ",".join(head.headers.getall("Connection")).split(","):
+            drop.add(os.fsencode(token.strip().lower()))
     lines = []
     for name, value in head.raw_headers:
         name = name.rstrip()  # in an answer, there may be space (RFC 9112, 5.1)
         lower = name.lower()
         if lower not in HOP_BY_HOP and lower not in drop:
-            lines.append(name + b": " + value)
+            lines.append((name + b": " + value).translate(None, CONTROL))
     return lines
 
 
