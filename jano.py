@@ -1140,8 +1140,7 @@ HOP_BY_HOP = frozenset(
 )
 CONTROL = bytes([*range(9), *range(10, 32), 127])  # never in a header's value (RFC 9110, 5.5)
 
-# The SDKs of OpenAI and Anthropic try again by themselves, for minutes, unless they are told not
-# to; but what cannot be loaded will not be loaded the better for it.
+# The SDKs of OpenAI and Anthropic would ask again for minutes, and tell their user nothing.
 NO_RETRY = {"x-should-retry": "false"}
 RETRY_SOON = {"Retry-After": "5"}
 ANTHROPIC_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
@@ -1185,10 +1184,8 @@ class ApiError(Exception):
 class Moved(ApiError):
     """A reload has given the model of a waiting ticket to another group, or made it passthrough."""
 
-    def __init__(self) -> None:
-        super().__init__(503, "the model was moved meanwhile", "model_moved", RETRY_SOON)
 
-
+MOVED = functools.partial(Moved, 503, "the model was moved meanwhile", "model_moved", RETRY_SOON)
 SHUTTING_DOWN = functools.partial(ApiError, 503, "jano shuts down", "shutting_down", RETRY_SOON)
 
 
@@ -1397,7 +1394,7 @@ class Jano:
             worker.failures.clear()
             elsewhere = {model.name for model in models if model.group != worker.group}
             moved = [each for each in worker.schedule.waiting() if each.model in elsewhere]
-            worker.fail(moved, Moved)
+            worker.fail(moved, MOVED)
             worker.advance()
 
     def state_of(self, model: Model) -> str:
