@@ -1129,6 +1129,7 @@ CLIENT_LEFT = 499  # nginx's status for it
 MAX_HELD = 2**30  # bytes of the bodies of all requests together; a lone one may be larger
 MAX_VALUES = 2_000_000  # in a JSON body, more or less: half a second of parsing
 MAX_PARTS = 1000  # of a form
+MODEL_PART = rb'(?im)^content-disposition:[ \t]*form-data;[ \t]*name=("model"|model)[ \t]*\r'
 TIERS = {"priority": PRIORITY, "flex": FLEX}
 STREAMS = {"chat/completions", "completions", "messages", "responses"}  # streams that are known
 UPSTREAM = "/upstream/"  # followed by a model's name, and a path for its backend
@@ -1768,10 +1769,8 @@ OLLAMA_DETAILS = {"format": "gguf", "family": "jano", "families": ["jano"]} | di
 @functools.lru_cache(100)
 def host_name(host: str) -> str:
     """A Host header without its port, and an IPv6 address without its brackets; "" if it is bad."""
-    match = re.fullmatch(
-        r"(?:\[([0-9a-f:.]+)\]|([^.:\[\]\s/*@][^:\[\]\s/*@]*))(?::[0-9]*)?", host.lower()
-    )
-    return (match[1] or match[2]) if match else ""
+    match = re.fullmatch(r"(\[[0-9a-f:.]+\]|[^.:\[\]\s/*@][^:\[\]\s/*@]*)(:[0-9]*)?", host.lower())
+    return match[1].strip("[]") if match else ""
 
 
 def bare(route: str) -> str:
@@ -1802,11 +1801,8 @@ def rewritten(fields: dict[str, Any]) -> bytes:
 
 
 def form_model(content_type: str, body: bytes) -> slice | None:
-    """Where a form's `model` stands in its body (RFC 7578); None if it has none.
-
-    Raises ApiError 400 unless it is one whole form with one model at most: what somebody else might
-    read otherwise is not passed on.
-    """
+    """Where a form's `model` stands in its body (RFC 7578), None if it has none. Raises ApiError if
+    it is not one whole form: what somebody else might read otherwise is not passed on."""
     match = re.search(r'boundary=(?:"([^"]+)"|([^\s;"]+))', content_type, re.IGNORECASE)
     line = b"--" + os.fsencode((match[1] or match[2]) if match else "")
     at = len(line) if body.startswith(line) else len(body)
@@ -1823,13 +1819,6 @@ def form_model(content_type: str, body: bytes) -> slice | None:
             return models[0] if models else None
     text = f"the body is not one whole form, of up to {MAX_PARTS} parts, with one model"
     raise ApiError(400, text, "invalid_form")
-
-
-PARAMETER = rb';[ \t]*[a-z*]+=(?:"[^"\r\n]*"|[^\s;"]+)[ \t]*'
-MODEL_PART = (
-    rb"(?im)^content-disposition:[ \t]*form-data[ \t]*(?:" + PARAMETER + rb")*"
-    rb';[ \t]*name=(?:"model"|model)[ \t]*(?:' + PARAMETER + rb")*\r"
-)
 
 
 # ---------------------------------------------------------------------------------- config ----
