@@ -1316,8 +1316,7 @@ class Call(Ticket):
             self.set_head(200, "OK", lines, None)
         self.beats += 1
         self.send(data)  # the transport buffers what its client does not read
-        interval = self.jano.settings.heartbeat
-        self.timer = asyncio.get_running_loop().call_later(interval, self.beat)
+        self.timer = asyncio.get_running_loop().call_later(self.jano.settings.heartbeat, self.beat)
 
 
 def end_to_end(head: Any, drop: set[bytes]) -> list[bytes]:

@@ -4507,6 +4507,7 @@ REFUSALS = {
     "FastAPI, a list": b'{"detail": [{"loc": ["body"], "msg": "too long"}]}',
     "mlx_lm": b'{"error": "too long"}',
     "text": b"too long",
+    "deeply nested": b'["too long", ' + b"[" * 50_000,
 }
 
 
@@ -4523,6 +4524,7 @@ AFTER_HEARTBEATS = [
     pytest.param("/v1/chat/completions", [], "OpenAI", id="chat"),
     pytest.param("/v1/completions", [], "OpenAI", id="completions"),
     pytest.param("/v1/messages", [], "Anthropic", id="messages"),
+    pytest.param("/v1/completions", ["anthropic-version: 1"], "Anthropic", id="Anthropic's header"),
     pytest.param("/v1/responses", [], "responses", id="responses"),
 ]
 
