@@ -909,12 +909,6 @@ async def connect(call: Call, timeout: float) -> Upstream:
 tls_context = functools.cache(ssl.create_default_context)  # a new one takes 20 ms
 
 
-class Idle(list["Upstream"]):
-    """The connections to one origin that wait for their next request, the latest last."""
-
-    keeps_after_streams = False  # whether one was seen to stay open for KEEP_FOR after a stream
-
-
 class Upstream(asyncio.Protocol):
     """A connection to a backend, for one request after the other.
 
@@ -926,7 +920,7 @@ class Upstream(asyncio.Protocol):
     that came before it has been taken.
     """
 
-    def __init__(self, idle: Idle, with_body: bool) -> None:
+    def __init__(self, idle: list[Upstream], with_body: bool) -> None:
         """idle: where it waits for its next request. with_body: False for the answer to a HEAD."""
         self.idle = idle
         self.with_body = with_body
@@ -943,7 +937,8 @@ class Upstream(asyncio.Protocol):
         self.timeout = 0.0  # seconds for which the backend may be silent; 0: it is idle
         self.deadline = 0.0  # on the loop's clock, of who waits or of its idleness
         self.timer: asyncio.TimerHandle | None = None  # looks at the deadline
-        self.on_probation = False  # idle after a stream: will the backend close it?
+        self.usable_from = 0.0  # while it is idle
+        self.has_streamed = False
         self.rest = memoryview(b"")  # of a large body
         self.sending: asyncio.Handle | None = None  # of its next piece
         self.unread = select.poll()  # whether there is something to read, or the end
@@ -991,8 +986,8 @@ class Upstream(asyncio.Protocol):
         Closing tells a backend that its client has left. A connection is used again only if the
         backend keeps it (RFC 9112, 9.3), and its answer was complete and no error: after an error
         the backend may take the unread rest of a request's body for the next request. llama-server
-        closes after each stream and does not say so: after a stream a connection is on probation,
-        unused, until one of this origin has stayed open for KEEP_FOR.
+        closes after each stream and does not say so: after its first stream, a connection is used
+        again only if it has stayed open for KEEP_FOR.
         """
         head = self.head
         unsent = len(self.rest) or (self.transport.get_write_buffer_size() if self.transport else 1)
@@ -1000,10 +995,11 @@ class Upstream(asyncio.Protocol):
         if head is None or head.should_close or head.code >= 400 or not done:
             self.close()
         else:
-            sized = "Content-Length" in head.headers and not head.chunked
-            streamed = not sized and head.code not in (204, 304)
-            self.on_probation = streamed and not self.idle.keeps_after_streams
-            self.deadline = self.loop.time() + KEEP_FOR
+            self.usable_from = self.loop.time()
+            if head.chunked and not self.has_streamed:
+                self.usable_from += KEEP_FOR
+            self.has_streamed |= head.chunked
+            self.deadline = self.usable_from + KEEP_FOR
             self.set_timer(self.deadline)
             self.head = self.body = None
             self.timeout = 0.0
@@ -1011,9 +1007,8 @@ class Upstream(asyncio.Protocol):
 
     def usable(self) -> bool:
         """Whether it may be used now, while it is idle."""
-        if self.on_probation or self.loop.time() > self.deadline:
-            return False
-        return not self.unread.poll(0)  # the loop may not know yet that the backend has closed it
+        in_time = self.usable_from <= self.loop.time() < self.deadline
+        return in_time and not self.unread.poll(0)  # the backend may just have closed it
 
     def close(self) -> None:
         """At once; what was not sent is dropped."""
@@ -1060,7 +1055,6 @@ class Upstream(asyncio.Protocol):
         self.transport = None
         if self in self.idle:
             self.idle.remove(self)
-            self.idle.keeps_after_streams = False
         if self.head and not exc:
             # The end of the connection ends a body without a length. A reset does not.
             with contextlib.suppress(HttpProcessingError):
@@ -1076,8 +1070,6 @@ class Upstream(asyncio.Protocol):
         if now < self.deadline:
             self.set_timer(self.deadline)
         elif not self.timeout:
-            if self.on_probation and not self.unread.poll(0):
-                self.idle.keeps_after_streams = True
             self.close()
         elif self.waiter and not self.waiter.done() and not self.unread.poll(0):
             self.fail(BackendError(504, f"was silent for {self.timeout:g} s"))
@@ -1364,7 +1356,7 @@ class Jano:
         self.workers: dict[str, Worker] = {}  # by group; a passthrough model is of none
         self.calls: dict[Call, asyncio.Task[Any]] = {}  # until the last byte is out, oldest first
         self.held_bytes = 0  # of their bodies
-        self.idle: defaultdict[tuple[str, str], Idle] = defaultdict(Idle)  # by origin
+        self.idle: defaultdict[tuple[str, str], list[Upstream]] = defaultdict(list)  # by origin
         self.last_id = 0
         self.port = 0
         self.hosts: set[str] = set()  # whose names are known; empty: any
