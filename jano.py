@@ -839,6 +839,7 @@ LIMITS: dict[str, Any] = {  # of a head, on both sides; bytes, and a number of h
     "max_field_size": 2**16,
     "max_headers": 256,
 }
+tls_context = functools.cache(ssl.create_default_context)  # a new one takes 20 ms
 
 
 class BackendError(Exception):
@@ -856,17 +857,19 @@ async def forward(call: Call) -> bytes:
     Raises BackendError; ConnectionError if the client has left, TimeoutError if it does not read;
     ApiError if heartbeats have begun a stream to the client and the answer is not a stream.
     """
-    timeout = call.jano.settings.request_timeout
-    upstream = await connect(call, min(timeout, CONNECT_TIMEOUT))
+    upstream = await connect(call)
     try:
-        head = await upstream.ask(call.request_head(), call.body, timeout)
+        upstream.ask(call.request_head(), call.body, call.jano.settings.request_timeout)
+        while upstream.head is None:
+            await upstream.more()
+        head, body = upstream.head, upstream.body
         if head.code >= 500 and call.worker:
             call.worker.backend_failed(call.model)
         call.begin_answer(head)
         if call.beats and not call.beating:
             raise await refusal(upstream, head)
         while True:
-            piece = upstream.take()
+            piece = body.read_nowait()
             if piece:
                 if call.first_byte is None:
                     call.first_byte = clock()
@@ -874,7 +877,7 @@ async def forward(call: Call) -> bytes:
                 if call.excerpt is not None:
                     call.excerpt += piece
                     del call.excerpt[KEEP:-KEEP]
-            if upstream.complete():
+            if body.at_eof():
                 return piece
             if piece or call.unsent:  # unsent: the answer's head, which waits for no body
                 await call.write(piece)
@@ -884,29 +887,27 @@ async def forward(call: Call) -> bytes:
         upstream.release()
 
 
-async def connect(call: Call, timeout: float) -> Upstream:
+async def connect(call: Call) -> Upstream:
     """A connection to the model's backend, idle or new. Raises BackendError."""
     url = call.entry.url
-    idle = call.jano.idle[url.scheme, url.netloc]
-    with_body = call.request.method != "HEAD"
+    with_body = call.request.method != "HEAD"  # else nobody uses the connection again
+    idle = call.jano.idle[url.scheme, url.netloc] if with_body else []
+    loop = asyncio.get_running_loop()
     for upstream in reversed(idle):
-        if with_body and upstream.usable():
+        in_time = upstream.usable_from <= loop.time() < upstream.deadline
+        if in_time and not upstream.unread.poll(0):  # the backend may just have closed it
             idle.remove(upstream)
             return upstream
     tls = tls_context() if url.scheme == "https" else None
     port = url.port or (443 if tls else 80)
-    loop = asyncio.get_running_loop()
     try:
-        async with asyncio.timeout(timeout):
+        async with asyncio.timeout(min(CONNECT_TIMEOUT, call.jano.settings.request_timeout)):
             _, upstream = await loop.create_connection(
                 lambda: Upstream(idle, with_body), url.hostname or "", port, ssl=tls
             )
     except (OSError, TimeoutError) as error:
         raise BackendError(502, f"cannot be reached ({why(error)})", sent=False) from None
     return upstream
-
-
-tls_context = functools.cache(ssl.create_default_context)  # a new one takes 20 ms
 
 
 class Upstream(asyncio.Protocol):
@@ -916,69 +917,57 @@ class Upstream(asyncio.Protocol):
 
     It exists because aiohttp's client costs more than all the rest of a request, sets no deadline
     for sending, and drops an answer that came before the request was sent whole. The parser is
-    aiohttp's, and so is the reader that it fills, `body`. A failure waits in `failure` until all
-    that came before it has been taken.
+    aiohttp's, and so is the reader that it fills, `body`.
     """
 
     def __init__(self, idle: list[Upstream], with_body: bool) -> None:
         """idle: where it waits for its next request. with_body: False for the answer to a HEAD."""
         self.idle = idle
-        self.with_body = with_body
         self.loop = asyncio.get_running_loop()
         options = {"read_until_eof": True, "response_with_body": with_body, **LIMITS}
         self.parser = HttpResponseParser(
             cast(Any, self), self.loop, BUFFER, auto_decompress=False, **options
         )
-        self.transport: asyncio.Transport | None = None  # None: closed
         self.head: RawResponseMessage | None = None
-        self.body: aiohttp.StreamReader | None = None
-        self.failure: BackendError | None = None
-        self.waiter: asyncio.Future[None] | None = None
-        self.timeout = 0.0  # seconds for which the backend may be silent; 0: it is idle
-        self.deadline = 0.0  # on the loop's clock, of who waits or of its idleness
-        self.timer: asyncio.TimerHandle | None = None  # looks at the deadline
+        self.body: aiohttp.StreamReader = aiohttp.EMPTY_PAYLOAD
+        self.rest = memoryview(b"")  # of a large body, still to be sent
+        self.failure: BackendError | None = None  # told once all that came before it is taken
+        self.waiter: asyncio.Future[None] | None = None  # None: it is idle
+        self.timeout = 0.0  # seconds for which the backend may be silent
+        self.deadline = math.inf  # on the loop's clock, of who waits or of its idleness
         self.usable_from = 0.0  # while it is idle
         self.has_streamed = False
-        self.rest = memoryview(b"")  # of a large body
-        self.sending: asyncio.Handle | None = None  # of its next piece
         self.unread = select.poll()  # whether there is something to read, or the end
 
-    async def ask(self, request: bytes, body: bytes, timeout: float) -> RawResponseMessage:
-        """Send a request; returns the answer's head. timeout bounds both, and then each silence.
-
-        Sending is not awaited, as a backend may answer before it has read all. Raises BackendError.
-        """
-        assert self.transport
+    def ask(self, request: bytes, body: bytes, timeout: float) -> None:
+        """Begin to send a request. timeout bounds that and the wait for the answer's head."""
         self.timeout = timeout
         self.deadline = self.loop.time() + timeout
-        self.set_timer(self.deadline)
         self.transport.write(request + body[:BUFFER])
-        if len(body) > BUFFER:
-            self.rest = memoryview(body)[BUFFER:]
-            self.resume_writing()
-        while self.head is None:
-            await self.wait()
-        return self.head
+        self.rest = memoryview(body)[BUFFER:]
 
-    def take(self) -> bytes:
-        """What has come of the body and was not taken yet, maybe nothing."""
-        return self.body.read_nowait() if self.body else b""
+    def more(self) -> asyncio.Future[None]:
+        """Send more, and wait until more has come. Raises BackendError.
 
-    def complete(self) -> bool:
-        """Whether the whole answer has come and was taken."""
-        return self.body is not None and self.body.at_eof()
-
-    async def more(self) -> None:
-        """Wait until there is more to take, or the answer is complete. Raises BackendError."""
-        self.deadline = self.loop.time() + self.timeout
-        await self.wait()
-
-    async def wait(self) -> None:
-        """Wait for whatever comes next. Raises BackendError."""
+        A large body is sent in pieces, as the transport makes a copy of what it cannot send; one in
+        an iteration of the loop, as a TLS transport needs several to notice that it is cut off.
+        """
         if self.failure:
             raise self.failure
+        if self.head:
+            self.deadline = self.loop.time() + self.timeout
+        if self.rest and not self.transport.get_write_buffer_size():
+            self.transport.write(self.rest[:BUFFER])
+            self.rest = self.rest[BUFFER:]
+            self.loop.call_soon(self.wake)
         self.waiter = self.loop.create_future()
-        await self.waiter
+        return self.waiter
+
+    def wake(self) -> None:
+        if self.waiter and not self.waiter.done():
+            self.waiter.set_result(None)
+
+    resume_writing = wake  # the transport has sent all
 
     def release(self) -> None:
         """The request is over: keep the connection for another one if that is safe, or close it.
@@ -990,9 +979,9 @@ class Upstream(asyncio.Protocol):
         again only if it has stayed open for KEEP_FOR.
         """
         head = self.head
-        unsent = len(self.rest) or (self.transport.get_write_buffer_size() if self.transport else 1)
-        done = self.complete() and self.with_body and not unsent
-        if head is None or head.should_close or head.code >= 400 or not done:
+        unsent = self.rest or self.transport.get_write_buffer_size()
+        unfinished = unsent or self.failure or not self.body.at_eof()
+        if head is None or head.should_close or head.code >= 400 or unfinished:
             self.close()
         else:
             self.usable_from = self.loop.time()
@@ -1000,119 +989,69 @@ class Upstream(asyncio.Protocol):
                 self.usable_from += KEEP_FOR
             self.has_streamed |= head.chunked
             self.deadline = self.usable_from + KEEP_FOR
-            self.set_timer(self.deadline)
-            self.head = self.body = None
-            self.timeout = 0.0
+            self.head = self.waiter = None
             self.idle.append(self)
 
-    def usable(self) -> bool:
-        """Whether it may be used now, while it is idle."""
-        in_time = self.usable_from <= self.loop.time() < self.deadline
-        return in_time and not self.unread.poll(0)  # the backend may just have closed it
-
-    def close(self) -> None:
-        """At once; what was not sent is dropped."""
+    def close(self, fault: str = "died", status: int = 502) -> None:
+        """At once; what was not sent is dropped. Whoever waits is told the first fault."""
+        self.failure = self.failure or BackendError(status, fault)
         self.rest = memoryview(b"")
+        self.timer.cancel()
+        self.transport.abort()
         if self in self.idle:
             self.idle.remove(self)
-        if self.transport:
-            self.transport.abort()
-        if self.timer:
-            self.timer.cancel()
+        self.wake()
 
-    def set_timer(self, when: float) -> None:
-        """Check the deadline then at the latest. A timer that fires too early does no harm."""
-        if self.timer is None or self.timer.when() > when:
-            if self.timer:
-                self.timer.cancel()
-            self.timer = self.loop.call_at(when, self.check_deadline)
+    def check_deadline(self) -> None:
+        """Close it if it was idle, or the backend silent, for too long. Look again soon."""
+        now = self.loop.time()
+        in_use = self.waiter and self.waiter.done()  # and the client does not read
+        # If there is something to read, the machine slept, and the answer or the end comes next.
+        if now < self.deadline or in_use or self.unread.poll(0):
+            delay = min(KEEP_FOR, max(0.1, self.deadline - now))
+            self.timer = self.loop.call_later(delay, self.check_deadline)
+        else:
+            self.close(f"was silent for {self.timeout:g} s", 504)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
         self.transport.set_write_buffer_limits(0)  # it calls resume_writing when all is sent
         self.unread.register(transport.get_extra_info("socket"), select.POLLIN)
+        self.check_deadline()
 
     def data_received(self, data: bytes) -> None:
         try:
             messages = self.parser.feed_data(data)[0]
         except Exception as error:  # whatever the parser makes of what a backend sends
-            self.fail(BackendError(502, f"sent what is not HTTP ({type(error).__name__})"))
+            self.close(f"sent what is not HTTP ({type(error).__name__})")
             return
         for head, body in messages:
-            if not self.timeout or self.head or head.code == 101:
-                self.fail(BackendError(502, "sent what nobody had asked for"))
+            if not self.waiter or self.head or head.code == 101:
+                self.close("sent what nobody had asked for")
             elif head.code >= 200:  # 1xx is interim, and for this hop
                 self.head, self.body = head, body
         self.wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if exc and self.transport and not self.transport.get_extra_info("sslcontext"):
+        if exc and not self.transport.get_extra_info("sslcontext"):
             # A backend may answer 413 and close without reading the request. Then sending fails,
             # and asyncio drops what it has not read yet; here, the socket is still open.
             with contextlib.suppress(OSError):
                 while data := os.read(self.transport.get_extra_info("socket").fileno(), BUFFER):
                     self.data_received(data)
-        self.transport = None
-        if self in self.idle:
-            self.idle.remove(self)
         if self.head and not exc:
             # The end of the connection ends a body without a length. A reset does not.
             with contextlib.suppress(HttpProcessingError):
                 self.parser.feed_eof()
-        if self.body is None or not self.body.is_eof():
-            self.fail(BackendError(502, "died"))
-        self.wake()
-
-    def check_deadline(self) -> None:
-        """Close it if it was idle for too long; fail if somebody has waited for too long."""
-        self.timer = None
-        now = self.loop.time()
-        if now < self.deadline:
-            self.set_timer(self.deadline)
-        elif not self.timeout:
-            self.close()
-        elif self.waiter and not self.waiter.done() and not self.unread.poll(0):
-            self.fail(BackendError(504, f"was silent for {self.timeout:g} s"))
-        else:  # the client does not read; or the machine slept, and the answer is in the socket
-            self.set_timer(now + 0.1)
-
-    def fail(self, failure: BackendError) -> None:
-        """Close it. The first failure counts."""
-        self.failure = self.failure or failure
         self.close()
-        self.wake()
-
-    def wake(self) -> None:
-        if self.waiter and not self.waiter.done():
-            self.waiter.set_result(None)
-
-    def resume_writing(self) -> None:
-        """Send a piece of a large body in the next iteration of the loop.
-
-        In pieces, as the transport makes a copy; one an iteration, as a TLS transport needs several
-        to notice that it is cut off, and complains of each piece meanwhile.
-        """
-        if self.rest and self.sending is None:
-            self.sending = self.loop.call_soon(self.send_piece)
-
-    def send_piece(self) -> None:
-        self.sending = None
-        transport = self.transport
-        if transport is None or transport.is_closing() or transport.get_write_buffer_size():
-            return  # the transport calls resume_writing when it has sent all
-        piece, self.rest = self.rest[:BUFFER], self.rest[BUFFER:]
-        transport.write(piece)
-        self.resume_writing()
 
     def pause_reading(self) -> None:
         """Called by the reader that holds too much, because the client is slower."""
-        if self.transport:
-            self.transport.pause_reading()
+        self.transport.pause_reading()
 
     def resume_reading(self, resume_parser: bool = True) -> None:
         """Called by the reader whenever it holds little enough."""
-        if self.transport:
-            self.transport.resume_reading()
+        self.transport.resume_reading()
 
 
 # ------------------------------------------------------------------------------ front door ----
@@ -1328,11 +1267,11 @@ def end_to_end(head: Any, drop: set[bytes]) -> list[bytes]:
 async def refusal(upstream: Upstream, head: RawResponseMessage) -> ApiError:
     """An answer that is no stream, for a client that has the head of one because of its heartbeats:
     the backend's words, in OpenAI's, vLLM's or FastAPI's form, or text."""
-    body = upstream.take()
+    body = upstream.body.read_nowait()
     with contextlib.suppress(BackendError):
-        while len(body) < BUFFER and not upstream.complete():
+        while len(body) < BUFFER and not upstream.body.at_eof():
             await upstream.more()
-            body += upstream.take()
+            body += upstream.body.read_nowait()
     text = "" if "Content-Encoding" in head.headers else body.decode(errors="replace").strip()
     words: Any = None
     with contextlib.suppress(ValueError, RecursionError):
