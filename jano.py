@@ -693,32 +693,26 @@ async def poll_health(worker: Worker, members: list[Model]) -> None:
 
 
 async def first_fault(models: list[Model], timeout: float) -> str | None:
-    """Why these backends are not all ready, such as "GET /health: 503"; None if they are."""
-    for model in models:
-        fault = await probe(model, timeout)
-        if fault is not None:
-            return fault
-    return None
+    """Why these backends are not all ready, such as "GET /health: 503"; None if they are.
 
-
-async def probe(model: Model, timeout: float) -> str | None:
-    """None if the backend says that it is ready, by 2xx on its health path; else what it said."""
+    Ready is who answers 2xx on its health path, or on /v1/models if it has none, like Ollama.
+    """
     limit = aiohttp.ClientTimeout(total=timeout)
-    for path in (model.health, "/v1/models"):  # Ollama, for one, has no /health
-        url = model.url.geturl() + path
-        options = {"headers": model.headers, "timeout": limit, **LIMITS}
-        try:
-            async with aiohttp.request("GET", url, allow_redirects=False, **options) as answer:
-                status = answer.status
-        except TimeoutError:
-            return f"GET {path}: no answer within {timeout:g} s"
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            return f"GET {path}: {why(error)}"
-        if status // 100 == 2:
-            return None
-        if status != 404:
-            break
-    return f"GET {path}: {status}"
+    for model in models:
+        options = {"headers": model.headers, "timeout": limit, "allow_redirects": False, **LIMITS}
+        for path in (model.health, "/v1/models"):
+            try:
+                async with aiohttp.request("GET", model.url.geturl() + path, **options) as answer:
+                    fault = "" if answer.status // 100 == 2 else str(answer.status)
+            except TimeoutError:
+                fault = f"no answer within {timeout:g} s"
+            except (aiohttp.ClientError, OSError, ValueError) as error:
+                fault = why(error)
+            if fault != "404":
+                break
+        if fault:
+            return f"GET {path}: {fault}"
+    return None
 
 
 class Script(contextlib.AbstractContextManager["Script"]):
