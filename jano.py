@@ -650,46 +650,44 @@ async def wait_until_ready(worker: Worker, name: str, script: Script) -> None:
     if not members:  # a reload has renamed the set, so nobody waits for it
         raise SwapAbandoned
     worker.stage = ("the backend is not ready", f" (GET {members[0].health}: no answer)")
-    polling = asyncio.create_task(poll_health(worker, members))
-    alive: list[Model] = []  # whom `status` has named
-    interval = STATUS_INTERVAL / 4  # many a server dies soon
-    status: Script | None = None
+    began = clock()
+    death = asyncio.create_task(first_death(worker, members, script))
     try:
         while True:
-            done, _ = await asyncio.wait({polling}, timeout=interval)
-            if done:
-                return polling.result()
-            interval = STATUS_INTERVAL
+            waited = clock() - began
+            fault = await first_fault(members, max(PROBE_TIMEOUT, waited))
+            if fault is None:
+                return
+            worker.stage = ("the backend is not ready", f" ({fault})")
+            pause = min(worker.settings.health_poll_interval, max(0.02, 0.06 * waited))
+            await asyncio.wait({death}, timeout=pause)
+            if death.done():
+                raise death.result()
+    finally:
+        death.cancel()
+        await asyncio.wait({death})  # no script may run beside the next one
+
+
+async def first_death(worker: Worker, members: list[Model], script: Script) -> SwapFailed:
+    """Ask `status` now and then, until one of their servers has ended while it was loading."""
+    alive: list[Model] = []  # whom `status` has named
+    interval = STATUS_INTERVAL / 4  # many a server dies soon
+    while True:
+        await asyncio.sleep(interval)
+        try:
             with Script(worker, "status") as status:
-                either: set[asyncio.Future[Any]] = {polling, status.exited}
-                await asyncio.wait(either, timeout=STATUS_TIMEOUT, return_when="FIRST_COMPLETED")
-                if polling.done():
-                    return polling.result()
-                if await status.wait(0):  # it says nothing of the servers
-                    interval = STATUS_INTERVAL if alive else math.inf  # inf: it has no `status`
-                    continue
+                try:
+                    await status.succeed(STATUS_TIMEOUT)
+                finally:  # maybe nobody waits for it any more
+                    await status.stop()
                 loaded = status.names(members, "loaded")
                 for model in status.names(members, "dead") + alive:
                     if model not in loaded:
                         text = f'the server of "{model.name}" ended while it was loading'
-                        raise SwapFailed(text, stderr=status.last_line() or script.last_line())
-                alive = loaded
-    finally:
-        polling.cancel()
-        if status and not status.exited.done():
-            status.signal(signal.SIGKILL)  # nothing may run beside the next script
-
-
-async def poll_health(worker: Worker, members: list[Model]) -> None:
-    """Ask, ever less often, until all of them are ready."""
-    began = clock()
-    while True:
-        waited = clock() - began
-        fault = await first_fault(members, max(PROBE_TIMEOUT, waited))
-        if fault is None:
-            return
-        worker.stage = ("the backend is not ready", f" ({fault})")
-        await asyncio.sleep(min(worker.settings.health_poll_interval, max(0.02, 0.06 * waited)))
+                        return SwapFailed(text, stderr=status.last_line() or script.last_line())
+            alive, interval = loaded, STATUS_INTERVAL
+        except SwapFailed:  # it says nothing of the servers
+            interval = STATUS_INTERVAL if alive else math.inf  # inf: there is no `status`
 
 
 async def first_fault(models: list[Model], timeout: float) -> str | None:
@@ -715,25 +713,25 @@ async def first_fault(models: list[Model], timeout: float) -> str | None:
     return None
 
 
-class Script(contextlib.AbstractContextManager["Script"]):
+class Script(contextlib.ExitStack[None]):
     """A run of SWAP_COMMAND: exec without a shell, its own session, output to named files.
 
-    Output goes to files, because a server left in the background would hold a pipe open; they have
-    names, so that one can see whose output it is. It gets a session of its own, so that Ctrl-C on
-    jano spares the servers. A thread waits for its end, because asyncio's subprocess kills its
-    child when the loop closes, and a script must outlive a restart of jano.
+    A server that it leaves in the background would hold a pipe open, and a file's name says whose
+    output it holds. In a session of their own, the servers are spared by Ctrl-C on jano. A thread
+    waits for the script's end, because asyncio's subprocess kills its child when the loop closes,
+    and a script must outlive a restart of jano.
     """
 
     def __init__(self, worker: Worker, argument: str, previous: str | None = None) -> None:
         """Starts it. Raises SwapFailed if that cannot be done."""
+        super().__init__()
         environ = dict(os.environ, JANO_PREVIOUS_MODEL=previous or "", JANO_GROUP=worker.group)
         environ.pop("JANO_API_KEY", None)
         if argument in worker.restart:
             environ["JANO_RESTART"] = "1"
-        self.files = contextlib.ExitStack()
         try:
-            self.stdout = self.files.enter_context(output_file(worker, argument, "out"))
-            self.stderr = self.files.enter_context(output_file(worker, argument, "err"))
+            self.stdout = self.enter_context(output_file(worker, argument, "out"))
+            self.stderr = self.enter_context(output_file(worker, argument, "err"))
             self.process = subprocess.Popen(
                 [*worker.settings.swap_command, argument],
                 stdin=subprocess.DEVNULL,
@@ -743,44 +741,23 @@ class Script(contextlib.AbstractContextManager["Script"]):
                 env=environ,
             )
         except (OSError, ValueError) as error:  # ValueError: a name that the locale cannot spell
-            self.files.close()
+            self.close()
             text = f"the script, or the program in its #! line, could not be started: {why(error)}"
             raise SwapFailed(text) from None
-        self.loop = asyncio.get_running_loop()
-        self.exited: asyncio.Future[int] = self.loop.create_future()
+        self.exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         threading.Thread(target=self._reap, daemon=True).start()
-
-    def __exit__(self, *_: object) -> None:
-        self.files.close()
 
     def _reap(self) -> None:
         code = self.process.wait()
         with contextlib.suppress(RuntimeError):  # the loop is closed: jano has stopped
-            self.loop.call_soon_threadsafe(self.exited.set_result, code)
-
-    def signal(self, number: int) -> bool:
-        """Send it to the script's process group; returns whether that has a process."""
-        try:
-            os.killpg(self.process.pid, number)
-        except (ProcessLookupError, PermissionError):
-            return False
-        return True
-
-    async def wait(self, timeout: float | None = None) -> int:
-        """Its exit code, or minus the signal that killed it.
-
-        After timeout seconds it is stopped, and that counts as killed.
-        """
-        await asyncio.wait({self.exited}, timeout=timeout)  # unlike await, never cancels it
-        if self.exited.done():
-            return self.exited.result()
-        await self.stop()
-        return -signal.SIGTERM
+            self.exited.get_loop().call_soon_threadsafe(self.exited.set_result, code)
 
     async def succeed(self, timeout: float | None = None) -> None:
-        """Wait until it has ended well. Raises SwapFailed."""
-        code = await self.wait(timeout)
+        """Wait until it has ended well, or stop it after timeout seconds. Raises SwapFailed."""
+        await asyncio.wait({self.exited}, timeout=timeout)  # unlike await, never cancels it
+        code = self.exited.result() if self.exited.done() else -signal.SIGTERM
         if code:
+            await self.stop()
             ending = f"exited with code {code}" if code > 0 else f"was killed by signal {-code}"
             raise SwapFailed(f"the script {ending}", code=code, stderr=self.last_line())
 
@@ -788,11 +765,12 @@ class Script(contextlib.AbstractContextManager["Script"]):
         """If it runs, send its process group SIGTERM, and two seconds later SIGKILL to the rest."""
         if self.exited.done():  # what it has left in the background stays
             return
-        deadline = clock() + 2
-        self.signal(signal.SIGTERM)
-        while self.signal(0) and clock() < deadline:
-            await asyncio.sleep(0.02)
-        self.signal(signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # until nobody is left
+            os.killpg(self.process.pid, signal.SIGTERM)
+            for _ in range(100):
+                await asyncio.sleep(0.02)
+                os.killpg(self.process.pid, 0)
+            os.killpg(self.process.pid, signal.SIGKILL)
         await asyncio.wait({self.exited}, timeout=2)
 
     def names(self, models: list[Model], state: str) -> list[Model]:
