@@ -806,11 +806,8 @@ def output_file(worker: Worker, argument: str, ending: str) -> IO[bytes]:
 CONNECT_TIMEOUT = 10.0  # seconds
 KEEP_FOR = 0.5  # seconds that an idle connection is kept: less than any backend keeps it
 BUFFER = 2**16  # bytes; twice as many may be held before reading pauses
-LIMITS: dict[str, Any] = {  # of a head, on both sides; bytes, and a number of headers
-    "max_line_size": 2**16,
-    "max_field_size": 2**16,
-    "max_headers": 256,
-}
+# Of a head, on both sides: bytes, and a number of headers.
+LIMITS: dict[str, Any] = {"max_line_size": 2**16, "max_field_size": 2**16, "max_headers": 256}
 tls_context = functools.cache(ssl.create_default_context)  # a new one takes 20 ms
 
 
@@ -840,15 +837,16 @@ async def forward(call: Call) -> bytes:
         call.begin_answer(head)
         if call.beats and not call.beating:
             raise await refusal(upstream, head)
+        if call.request.method == "HEAD":  # nothing follows, whatever the head says
+            return b""
         while True:
             piece = body.read_nowait()
-            if piece:
-                if call.first_byte is None:
-                    call.first_byte = clock()
-                    call.beating = False
-                if call.excerpt is not None:
-                    call.excerpt += piece
-                    del call.excerpt[KEEP:-KEEP]
+            if piece and call.first_byte is None:
+                call.first_byte = clock()
+                call.beating = False
+            if piece and call.excerpt is not None:
+                call.excerpt += piece
+                del call.excerpt[KEEP:-KEEP]
             if body.at_eof():
                 return piece
             if piece or call.unsent:  # unsent: the answer's head, which waits for no body
@@ -862,8 +860,7 @@ async def forward(call: Call) -> bytes:
 async def connect(call: Call) -> Upstream:
     """A connection to the model's backend, idle or new. Raises BackendError."""
     url = call.entry.url
-    with_body = call.request.method != "HEAD"  # else nobody uses the connection again
-    idle = call.jano.idle[url.scheme, url.netloc] if with_body else []
+    idle = call.jano.idle[url.scheme, url.netloc]
     loop = asyncio.get_running_loop()
     for upstream in reversed(idle):
         in_time = upstream.usable_from <= loop.time() < upstream.deadline
@@ -875,7 +872,7 @@ async def connect(call: Call) -> Upstream:
     try:
         async with asyncio.timeout(min(CONNECT_TIMEOUT, call.jano.settings.request_timeout)):
             _, upstream = await loop.create_connection(
-                lambda: Upstream(idle, with_body), url.hostname or "", port, ssl=tls
+                lambda: Upstream(idle), url.hostname or "", port, ssl=tls
             )
     except (OSError, TimeoutError) as error:
         raise BackendError(502, f"cannot be reached ({why(error)})", sent=False) from None
@@ -889,16 +886,14 @@ class Upstream(asyncio.Protocol):
 
     It exists because aiohttp's client costs more than all the rest of a request, sets no deadline
     for sending, and drops an answer that came before the request was sent whole. The parser is
-    aiohttp's, and so is the reader that it fills, `body`.
+    aiohttp's, and so is the reader that it fills: `body` pauses reading while the client is slower.
     """
 
-    def __init__(self, idle: list[Upstream], with_body: bool) -> None:
-        """idle: where it waits for its next request. with_body: False for the answer to a HEAD."""
-        self.idle = idle
+    def __init__(self, idle: list[Upstream]) -> None:
+        self.idle = idle  # where it waits for its next request
         self.loop = asyncio.get_running_loop()
-        options = {"read_until_eof": True, "response_with_body": with_body, **LIMITS}
         self.parser = HttpResponseParser(
-            cast(Any, self), self.loop, BUFFER, auto_decompress=False, **options
+            cast(Any, self), self.loop, BUFFER, read_until_eof=True, auto_decompress=False, **LIMITS
         )
         self.head: RawResponseMessage | None = None
         self.body: aiohttp.StreamReader = aiohttp.EMPTY_PAYLOAD
@@ -907,8 +902,7 @@ class Upstream(asyncio.Protocol):
         self.waiter: asyncio.Future[None] | None = None  # None: it is idle
         self.timeout = 0.0  # seconds for which the backend may be silent
         self.deadline = math.inf  # on the loop's clock, of who waits or of its idleness
-        self.usable_from = 0.0  # while it is idle
-        self.has_streamed = False
+        self.usable_from = 0.0  # set after its first stream
         self.unread = select.poll()  # whether there is something to read, or the end
 
     def ask(self, request: bytes, body: bytes, timeout: float) -> None:
@@ -950,17 +944,14 @@ class Upstream(asyncio.Protocol):
         closes after each stream and does not say so: after its first stream, a connection is used
         again only if it has stayed open for KEEP_FOR.
         """
-        head = self.head
-        unsent = self.rest or self.transport.get_write_buffer_size()
-        unfinished = unsent or self.failure or not self.body.at_eof()
-        if head is None or head.should_close or head.code >= 400 or unfinished:
+        unfinished = self.failure or self.rest or not self.body.at_eof()
+        if self.head is None or self.head.should_close or self.head.code >= 400 or unfinished:
             self.close()
         else:
-            self.usable_from = self.loop.time()
-            if head.chunked and not self.has_streamed:
-                self.usable_from += KEEP_FOR
-            self.has_streamed |= head.chunked
-            self.deadline = self.usable_from + KEEP_FOR
+            now = self.loop.time()
+            if self.head.chunked and not self.usable_from:
+                self.usable_from = now + KEEP_FOR
+            self.deadline = max(now, self.usable_from) + KEEP_FOR
             self.head = self.waiter = None
             self.idle.append(self)
 
@@ -977,9 +968,9 @@ class Upstream(asyncio.Protocol):
     def check_deadline(self) -> None:
         """Close it if it was idle, or the backend silent, for too long. Look again soon."""
         now = self.loop.time()
-        in_use = self.waiter and self.waiter.done()  # and the client does not read
+        blocked = self.waiter and self.waiter.done()  # by a client that does not read
         # If there is something to read, the machine slept, and the answer or the end comes next.
-        if now < self.deadline or in_use or self.unread.poll(0):
+        if now < self.deadline or blocked or self.unread.poll(0):
             delay = min(KEEP_FOR, max(0.1, self.deadline - now))
             self.timer = self.loop.call_later(delay, self.check_deadline)
         else:
@@ -1018,11 +1009,9 @@ class Upstream(asyncio.Protocol):
         self.close()
 
     def pause_reading(self) -> None:
-        """Called by the reader that holds too much, because the client is slower."""
         self.transport.pause_reading()
 
     def resume_reading(self, resume_parser: bool = True) -> None:
-        """Called by the reader whenever it holds little enough."""
         self.transport.resume_reading()
 
 
