@@ -2313,37 +2313,36 @@ def isolated(name: str) -> str:
 
 def timeline(jano: Jano, active: list[dict[str, Any]]) -> str:
     """An SVG: a lane for each model with its latest requests, and a stripe for each swap."""
-    entries = [*active[:30], *islice(reversed(jano.telemetry.records), 60)][:60]
-    if not entries:
+    now = time.time()
+    bars = [*active[:30], *islice(reversed(jano.telemetry.records), 60)][:60]
+    if not bars:
         ask = {"model": next(iter(jano.models)), "messages": [{"role": "user", "content": "Hi"}]}
         return f"""<p><code>curl http://{jano.settings.netloc(jano.port)}/v1/chat/completions --json
 {escape(shlex.quote(json.dumps(ask)))}</code>"""
     swaps = list(jano.telemetry.recent_swaps)
     for worker in filter(attrgetter("swapping"), jano.workers.values()):
-        took = round(1000 * (clock() - worker.swap_began))
+        took = 1000 * (clock() - worker.swap_began)
         swaps.append({"from": "", "to": worker.swapping, "ms": took})
     for swap in swaps:
         label = f"{isolated(swap['from'] or '')} → {isolated(swap['to'])} {swap['ms'] / 1000:.1f} s"
-        entries.append({**swap, "model": "", "id": label, "total_ms": swap["ms"]})
-    spans = []
-    for entry in entries:
-        end = entry.get("ts", time.time())
-        spans.append((end - entry["total_ms"] / 1000, end, entry))
+        bars.append({**swap, "model": "", "id": label, "total_ms": swap["ms"]})
+    spans = [(bar.get("ts", now) - bar["total_ms"] / 1000, bar.get("ts", now), bar) for bar in bars]
+    spans.sort(key=itemgetter(0))
     last = max(end for _, end, _ in spans)
-    shown = min(300, last - min(start for start, _, _ in spans) + 0.1)  # seconds
+    shown = min(300, last - spans[0][0] + 0.1)  # seconds
     drawn, y = "", 0
     for index, name in enumerate(["", *jano.models], -1):
         taken: list[float] = []  # up to where, in each row
-        for start, end, entry in sorted(spans, key=itemgetter(0)):
-            if entry["model"] == name and end > last - shown:
+        for start, end, bar in spans:
+            if bar["model"] == name and end > last - shown:
                 x, width = 88 * (1 - (last - start) / shown), max(0.3, 88 * (end - start) / shown)
                 row = next((row for row, busy in enumerate(taken) if busy <= x), len(taken))
                 taken[row : row + 1] = [x + (width if name else 75)]
-                wait = round(100 * entry.get("queue_ms", 0) / max(entry["total_ms"], 1), 1)  # in %
-                bad = entry.get("status", 200) >= 400 or not entry.get("ok", True)
+                wait = round(100 * bar.get("queue_ms", 0) / max(bar["total_ms"], 1), 1)  # in %
+                bad = bar.get("status", 200) >= 400 or not bar.get("ok", True)
                 drawn += f"""<svg class="{f"c{index % 4}" if name else "swap"} {"bad" * bad}"
 x="{x:.2f}%" y="{y + 20 + 16 * row}" width="{width:.2f}%" height="{13 if name else "100%"}"><rect/>
-<rect x="{wait}%"/><text x="{wait % 100}%" dx="3" y="11">{"✕" * bad}{entry["id"]}</text></svg>"""
+<rect x="{wait}%"/><text x="{wait % 100}%" dx="3" y="11">{"✕" * bad}{bar["id"]}</text></svg>"""
         if taken:
             drawn += f'<text x="8" y="{y + 14}">{isolated(name) if name else "swaps"}</text>'
             y += 24 + 16 * len(taken)
