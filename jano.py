@@ -1986,11 +1986,9 @@ def why(error: BaseException) -> str:
 
 BUCKETS = ("0.5", "1", "2", "5", "10", "20", "30", "60", "120", "300", "+Inf")  # seconds of a swap
 compact = json.JSONEncoder(separators=(",", ":")).encode
-ENCODERS: dict[type, Callable[[Any], str]] = {  # for a log line; `compact` does the rest, slowly
-    str: json.encoder.encode_basestring_ascii,
-    int: str,
-    bool: {False: "false", True: "true"}.__getitem__,
-}
+quoted = json.encoder.encode_basestring_ascii
+# What the log tells is of these types, mostly; `compact` takes ten times as long.
+ENCODERS: dict[type, Any] = {str: quoted, int: str, bool: {False: "false", True: "true"}.get}
 
 
 class Log:
@@ -2018,17 +2016,15 @@ class Log:
         for name, value in facts.items():
             encode = ENCODERS.get(type(value), compact)
             line += f',"{name}":{encode(value)}'
-        data = f"{self.broken}{line}}}\n".encode()
-        size = len(data)
-        try:
-            while data and (self.is_file or self.ready.poll(0)):
-                # What is ready for writing takes PIPE_BUF bytes at once.
-                data = data[os.write(1, data[: select.PIPE_BUF]) :]
+        rest = data = f"{self.broken}{line}}}\n".encode()
+        try:  # what is ready takes PIPE_BUF bytes at once
+            while rest and (self.is_file or self.ready.poll(0)):
+                rest = rest[os.write(1, rest[: select.PIPE_BUF]) :]
         except OSError:
-            pass  # what is left is lost
-        if len(data) < size:
-            self.broken = "\n" if data else ""
-        self.lost += bool(data)
+            pass  # the rest is lost
+        if len(rest) < len(data):
+            self.broken = "\n" if rest else ""
+        self.lost += bool(rest)
 
 
 log = Log()
@@ -2061,8 +2057,7 @@ RATES = {  # in /usage -> in answers of llama.cpp; or of Ollama: a number, and i
 def token_counts(excerpt: bytes | bytearray) -> dict[str, float | None]:
     """As /usage has them, from both ends of an answer; None where the backend does not say.
 
-    It is not parsed, as most of the answer is gone by; but a quote within its text would be
-    escaped, so what reads `"prompt_tokens": 1` is no part of that.
+    They are not parsed; but a quote in a text is escaped: what reads `"eval_count": 1` is none.
     """
     starts = {*map(excerpt.find, HINTS)} - {-1}
     at = min(starts, default=len(excerpt))  # as the pattern is slow
