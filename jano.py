@@ -2001,7 +2001,7 @@ class Log:
     def __init__(self) -> None:
         self.lost = 0
         self.broken = ""  # a newline, if the last line is not whole
-        self.is_file = os.path.isfile(1)  # need not be asked whether it is ready, which takes long
+        self.is_file = os.path.isfile(1)  # then it is always ready, and poll takes long
         self.ready = select.poll()
         self.ready.register(1, select.POLLOUT)
 
@@ -2009,7 +2009,7 @@ class Log:
         if self.lost:
             lost, self.lost = self.lost, 0
             self("warn", "log lines lost", lost=lost)
-            if self.lost:  # that line, which counts in place of this one
+            if self.lost:  # that line, too; it counts in place of this one
                 self.lost += lost
                 return
         line = f'{{"t":"{utc(time.time())}","level":"{level}","msg":"{msg}"'
@@ -2040,9 +2040,9 @@ def utc(epoch: float) -> str:
     return f"{gmt('%Y-%m-%dT%H:%M:%S', int(epoch))}.{int(epoch * 1000) % 1000:03d}Z"
 
 
-KEEP = 2**13  # bytes of an answer, at either end: there its token counts stand
+KEEP = 2**13  # bytes at either end of an answer, where its token counts stand
 HINTS = (b'"usage"', b'"timings"', b'"prompt_eval_count"', b'"eval_count"')
-# A name and its number; one that no counter or speed can be, such as 1e999, does not match.
+# A name and its number, unless that is too large for a count or a speed, such as 1e999.
 NUMBER = re.compile(rb'"(\w++)"\s*:\s*([0-9]{1,15}(?:\.[0-9]+)?(?:[eE][-+]?0?[0-9])?)(?![\w.])')
 COUNTS = {  # in /usage -> in answers of llama.cpp, Ollama, Anthropic, OpenAI; the last one counts
     "prompt_tokens": (b"prompt_n", b"prompt_eval_count", b"input_tokens", b"prompt_tokens"),
@@ -2057,7 +2057,8 @@ RATES = {  # in /usage -> in answers of llama.cpp; or of Ollama: a number, and i
 def token_counts(excerpt: bytes | bytearray) -> dict[str, float | None]:
     """As /usage has them, from both ends of an answer; None where the backend does not say.
 
-    They are not parsed; but a quote in a text is escaped: what reads `"eval_count": 1` is none.
+    It is not parsed, as its middle is gone. But what reads `"eval_count": 1` is no part of a text,
+    where quotes are escaped.
     """
     starts = {*map(excerpt.find, HINTS)} - {-1}
     at = min(starts, default=len(excerpt))  # as the pattern is slow
