@@ -406,6 +406,9 @@ class Worker:
             self.advance()
             await ticket.turn
             yield
+        except BackendError as error:
+            self.backend_failed(ticket.model, error)
+            raise
         finally:
             self.schedule.leave(ticket, clock())
             self.advance()
@@ -1507,11 +1510,7 @@ class Jano:
                 return await forward(call)
             async with worker.turn(call):
                 call.entry = worker.models[call.model]  # a reload may have changed it meanwhile
-                try:
-                    return await forward(call)
-                except BackendError as error:
-                    worker.backend_failed(call.model, error)
-                    raise
+                return await forward(call)
         except Moved:
             call.entry = self.models[call.model]
             call.worker = self.workers.get(call.entry.group)
