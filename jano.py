@@ -1872,7 +1872,21 @@ class Model:
 
 def load_settings(environ: Mapping[str, str]) -> Settings:
     """From environ, else ./.env, else the defaults; empty means unset. Raises ConfigError."""
-    dotenv = read_dotenv(Path(".env"))
+    names = "|".join(each.metadata["variable"] for each in fields(Settings))
+    file = Path(".env")
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines() if file.exists() else []
+    except (OSError, ValueError) as error:
+        raise ConfigError(".env", why(error), "KEY=value lines") from None
+    dotenv: dict[str, str] = {}
+    for index, line in enumerate(lines, 1):
+        match = re.match(rf"""\s*(?:export\s+)?(["']?)({names})\b(\s*=)?(.*)""", line)
+        if match:
+            quote, name, equals, text = match.groups()
+            if quote or not equals:
+                raise ConfigError(f".env: line {index}", f"{name} without =", "KEY=value")
+            quoted = re.fullmatch(r"""(["'])((?:(?!\1).)*)\1(\s+#.*)?""", text.strip())
+            dotenv[name] = quoted[2] if quoted else re.sub(r"(^|\s+)#.*", "", text).strip()
     values: dict[str, Any] = {}
     for each in fields(Settings):
         kind, default, name = each.metadata.values()
@@ -1882,25 +1896,6 @@ def load_settings(environ: Mapping[str, str]) -> Settings:
         where = "environment" if environ.get(name) else ".env"
         values[each.name] = kind.read(f"{where}: {name}", text)
     return Settings(**values)
-
-
-def read_dotenv(file: Path) -> dict[str, str]:
-    """Jano's KEY=value lines; quotes around a value, and `export` before a key, are dropped."""
-    names = "|".join(each.metadata["variable"] for each in fields(Settings))
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines() if file.exists() else []
-    except (OSError, ValueError) as error:
-        raise ConfigError(".env", why(error), "KEY=value lines") from None
-    values: dict[str, str] = {}
-    for index, line in enumerate(lines, 1):
-        match = re.match(rf"""\s*(?:export\s+)?(["']?)({names})\b(\s*=)?(.*)""", line)
-        if match:
-            quote, name, equals, text = match.groups()
-            if quote or not equals:
-                raise ConfigError(f".env: line {index}", f"{name} without =", "KEY=value")
-            quoted = re.fullmatch(r"""(["'])((?:(?!\1).)*)\1(\s+#.*)?""", text.strip())
-            values[name] = quoted[2] if quoted else re.sub(r"(^|\s+)#.*", "", text).strip()
-    return values
 
 
 def load_models(settings: Settings) -> list[Model]:
