@@ -1780,14 +1780,10 @@ def address(text: str) -> SplitResult | None:
     return url if good and re.fullmatch(r"https?://[^\s?#@\\]+", text) else None
 
 
-def full_path(text: str) -> str:
-    return os.path.abspath(os.path.expanduser(text))
-
-
 def command(text: str) -> list[str] | None:
     """SWAP_COMMAND's argv: the path of a script (spaces and ~ allowed), or a command line."""
-    argv = [text] if os.path.isfile(full_path(text)) else shlex.split(text)
-    path = shutil.which(full_path(argv[0])) or shutil.which(argv[0])
+    argv = [text] if os.path.isfile(os.path.expanduser(text)) else shlex.split(text)
+    path = shutil.which(os.path.abspath(os.path.expanduser(argv[0]))) or shutil.which(argv[0])
     return [path, *argv[1:]] if path else None
 
 
@@ -1803,6 +1799,7 @@ OBJECT = Kind("an object", dict, dict)
 HEADERS = Kind("headers, none that jano makes, and their ASCII texts", HEADER, dict, is_secret=True)
 ADDRESS = Kind("an http or https address such as http://127.0.0.1:8081", address)
 KEY = Kind("printable text, no spaces around it", rf"(?!\s)({FIT})?(?<!\s)", is_secret=True)
+FILE = Kind("a path", lambda text: os.path.abspath(os.path.expanduser(text)))
 SCRIPT = Kind("the path of your swap script, executable (chmod +x), without $VARIABLES", command)
 ORIGINS = Kind("* or origins such as http://localhost:*", lambda text: each_of(text, origin_regex))
 HOSTS = Kind("host names such as box.lan, or [::1]", lambda text: each_of(text, host_name))
@@ -1820,7 +1817,7 @@ class Settings:
     """The variables of the environment or .env as they are used: times in seconds."""
 
     swap_command: list[str] = option(SCRIPT, None, "SWAP_COMMAND")
-    models_file: str = option(Kind("a path", full_path), "./models.json", "MODELS_FILE")
+    models_file: str = option(FILE, "./models.json", "MODELS_FILE")
     host: str = option(HOST, "127.0.0.1", "JANO_HOST")
     port: int = option(number(0, 65535), "8082", "JANO_PORT")
     swap_wait_timeout: float = option(milliseconds(1), "180000", "SWAP_WAIT_TIMEOUT_MS")
@@ -1914,8 +1911,7 @@ def load_models(settings: Settings) -> list[Model]:
     for index, entry in enumerate(registry["models"]):
         where = f"{file}: models[{index}]"
         OBJECT.read(where, entry)
-        if "name" in entry:
-            where += f" {shown(entry['name'])}"
+        where += f" {shown(entry['name'])}" if "name" in entry else ""
         for key in entry.keys() - table.keys():
             raise ConfigError(where, f"the key {shown(key)}", f"one of {', '.join(table)}")
         values = {}
@@ -2508,9 +2504,8 @@ def main() -> int:
     import resource  # which Windows lacks
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    enough = min(10_240, hard)
-    if soft < enough:  # a Mac's 256 open files would be gone before MAX_QUEUE is reached
-        resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
+    if soft < 10_240:  # a Mac's 256 open files would be gone before MAX_QUEUE is reached
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(10_240, hard), hard))
     return asyncio.run(run(settings, models))
 
 
