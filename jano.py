@@ -1951,8 +1951,8 @@ def check_model(where: str, model: Model, earlier: list[Model], settings: Settin
             raise ConfigError(where, f"the name {shown(name)}", expected)
         shared = {model.name, model.set} & {other.name, other.set} - {""}
         if shared and (model.group, model.set) != (other.group, other.set):
-            found = f"{shown(min(shared))}, the name or set of {shown(other.name)}, too"
-            raise ConfigError(f"{where}: set", found, "one set in one group, or another name")
+            found = f"{shown(min(shared))}, which means something else at {shown(other.name)}"
+            raise ConfigError(f"{where}: set", found, "another name, or the same set and group")
 
 
 def shown(value: object, is_secret: bool = False) -> str:
