@@ -622,6 +622,7 @@ async def running_jano(
             running.url = f"http://127.0.0.1:{running.port}"
             yield running
         finally:
+            await session.close()  # jano would wait for a connection that stays open, if not long
             running.kill(signal.SIGTERM)
             with contextlib.suppress(TimeoutError):
                 await event(process.wait())
