@@ -213,7 +213,7 @@ class Raw:
     """A backend that speaks in bytes, behind a jano of its own.
 
     It answers each POST with `reply` and then closes the connection, unless the reply ends with
-    HELD or RESET. Its three models share it and differ by the prefix of the path.
+    HELD or RESET.
     """
 
     jano: Running
@@ -262,31 +262,6 @@ class Raw:
         self.server.close()
         if self.tasks:
             await event(asyncio.wait(self.tasks))
-
-
-@pytest.fixture
-async def raw(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Raw]:
-    """A Raw backend and its jano, with the settings that an indirect parameter gives."""
-    backend = Raw()
-    await backend.listen()
-    chat = {"name": "chat", "url": backend.url}
-    up = {
-        "name": "up",
-        "url": f"{backend.url}/u/p/v1/",
-        "upstream_model": "org/Ä-7B",
-        "passthrough": True,
-    }
-    asr = {
-        "name": "asr",
-        "url": f"{backend.url}/asr/",
-        "aliases": ["Ünï/8b"],
-        "endpoints": ["audio/transcriptions", "/v1/rerank/"],
-        "passthrough": True,
-    }
-    settings = getattr(request, "param", {})
-    async with running_jano(tmp_path, [chat, up, asr], **settings) as backend.jano:
-        yield backend
-    await backend.stop()
 
 
 # -------------------------------------------------------- helpers: backends as processes ----
@@ -1094,84 +1069,6 @@ def test_version_and_help_need_no_configuration(
     assert set(words) <= set(capsys.readouterr().out.split())
 
 
-# Who may ask: Hosts and origins
-
-
-@pytest.fixture(scope="module")
-async def guarded(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
-    """A jano on loopback that pages of some origins may use."""
-    folder = tmp_path_factory.mktemp("guarded")
-    origins = "https://app.example.org, file://, chrome-extension://*, http://localhost:*"
-    settings: dict[str, Any] = {"JANO_CORS_ORIGINS": origins, "JANO_ALLOWED_HOSTS": "box.lan"}
-    async with running_jano(folder, [ENTRY], **settings) as daemon:
-        yield daemon
-
-
-async def status_of(daemon: Running, path: str, **headers: str) -> int:
-    async with daemon.session.get(daemon.url + path, headers=headers) as answer:
-        return answer.status
-
-
-@pytest.mark.parametrize(
-    "host",
-    [
-        "localhost",
-        "localhost:8082",
-        "127.0.0.1",
-        "[::1]:8082",
-        "box.lan",
-        "host.docker.internal:8082",
-        "host.containers.internal",
-        "jano.localhost",
-        "models.internal",
-        socket.gethostname(),
-    ],
-)
-async def test_known_host_is_answered(guarded: Running, host: str) -> None:
-    assert await status_of(guarded, "/v1/models", Host=host) == 200
-
-
-@pytest.mark.parametrize(
-    "host",
-    ["example.org", "localhost.example.org", "xinternal", "internal.example.org", "10.0.0.1"],
-)
-async def test_unknown_host_is_refused(guarded: Running, host: str) -> None:
-    assert await status_of(guarded, "/v1/models", Host=host) == 403
-
-
-@pytest.mark.parametrize(
-    "origin",
-    [
-        "https://app.example.org",
-        "file://",
-        "chrome-extension://mhjfbmdgcfjbbpaeojofohoefgiehjai",
-        "http://localhost:3000",
-        "http://localhost",
-    ],
-)
-async def test_page_of_a_named_origin_may_read_the_answer(guarded: Running, origin: str) -> None:
-    async with guarded.session.get(
-        f"{guarded.url}/v1/models", headers={"Origin": origin}
-    ) as answer:
-        assert (answer.status, answer.headers["Access-Control-Allow-Origin"]) == (200, origin)
-
-
-@pytest.mark.parametrize(
-    "origin",
-    [
-        "https://example.org",
-        "https://app.example.org:8443",
-        "https://app.example.org.evil.org",
-        "http://localhost.evil.org:3000",
-        "https://localhost:3000",
-        "moz-extension://mhjfbmdgcfjbbpaeojofohoefgiehjai",
-        "null",
-    ],
-)
-async def test_page_of_another_origin_is_refused(guarded: Running, origin: str) -> None:
-    assert await status_of(guarded, "/v1/models", Origin=origin) == 403
-
-
 # -------------------------------------------------------------------------------- policy ----
 
 
@@ -1808,16 +1705,16 @@ async def test_no_stream_of_requests_starves_others(
 async def test_client_that_gives_up_and_asks_again_keeps_its_models_place(
     tmp_path: Path, chat: Backend, code: Backend
 ) -> None:
-    """It gives up after 0.4 s, a turn lasts 1 s: by itself no request of it waits long enough."""
+    """It gives up after 0.2 s, a turn lasts 0.5 s: by itself no request waits long enough."""
     models = [entry(chat), entry(code)]
     tries = 0
-    async with running_jano(tmp_path, models, MAX_TURN_MS=1000) as daemon:
+    async with running_jano(tmp_path, models, MAX_TURN_MS=500) as daemon:
         async with three_loops(daemon, code):
             while not code.requests:
                 tries += 1
                 assert tries < 6, "it was never served"
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(daemon.ask("code"), 0.4)
+                    await asyncio.wait_for(daemon.ask("code"), 0.2)
     assert tries > 1
 
 
@@ -1913,7 +1810,7 @@ async def test_set_is_ready_when_all_its_members_are(
     async with running_jano(tmp_path, models, script) as daemon:
         asks = await daemon.queued("chat")
         await event(until(lambda: calls(tmp_path) == ["pair"]))
-        await asyncio.sleep(0.3)  # nothing may happen, so there is nothing to wait for
+        await asyncio.sleep(0.15)  # nothing may happen, so there is nothing to wait for
         assert not chat.requests
         code.ready = True
         assert await statuses(asks) == [200]
@@ -2097,7 +1994,7 @@ async def test_load_waits_for_its_turn_in_the_queue(
         asks = await daemon.queued("chat")
         await event(chat.arrived.get())
         load = daemon.background(post_path(daemon, "/load?model=code"))
-        await asyncio.sleep(0.2)  # nothing may happen, so there is nothing to wait for
+        await asyncio.sleep(0.15)  # nothing may happen, so there is nothing to wait for
         asks += await daemon.queued("chat")
         assert calls(tmp_path) == []
         chat.release.set()
@@ -2155,7 +2052,7 @@ async def test_unload_lets_what_runs_finish_and_then_frees_the_memory(
         [running] = await daemon.queued("chat")
         await event(chat.arrived.get())
         unload = daemon.background(post_path(daemon, "/unload"))
-        await asyncio.sleep(0.2)  # nothing may happen, so there is nothing to wait for
+        await asyncio.sleep(0.15)  # nothing may happen, so there is nothing to wait for
         assert calls(tmp_path) == []
         chat.release.set()
         assert (await event(unload))[0] == 200
@@ -2248,7 +2145,7 @@ async def test_idle_model_is_unloaded_once(tmp_path: Path, chat: Backend, code: 
     models = [entry(chat), entry(code)]
     async with running_jano(tmp_path, models, IDLE_UNLOAD_MS=100) as daemon:
         await event(until(lambda: calls(tmp_path) == ["unload"]))  # idle since the start
-        await asyncio.sleep(0.2)  # nothing may happen, so there is nothing to wait for
+        await asyncio.sleep(0.15)  # nothing may happen, so there is nothing to wait for
         assert (await daemon.ask("code"))[0] == 200
         await event(until(lambda: len(calls(tmp_path)) == 3))
     assert calls(tmp_path, environ=True) == [
@@ -2624,7 +2521,7 @@ async def test_server_that_did_not_get_ready_twice_is_to_be_restarted(
     """Once it may have loaded slowly, and goes on with that."""
     code.ready = False
     models = [entry(chat), entry(code)]
-    async with running_jano(tmp_path, models, SWAP_WAIT_TIMEOUT_MS=200) as daemon:
+    async with running_jano(tmp_path, models, SWAP_WAIT_TIMEOUT_MS=100) as daemon:
         assert [(await daemon.ask("code"))[0] for _ in range(3)] == [503] * 3
     restarts = [call.endswith(" restart=1") for call in calls(tmp_path, environ=True)]
     assert restarts == [False, False, True]
@@ -2709,7 +2606,7 @@ async def test_failed_swap_fails_who_waits_for_it_and_nobody_else(
 async def bad_code(tmp_path: Path, chat: Backend, code: Backend) -> AsyncIterator[Running]:
     """A jano that has marked code bad: two swaps to it have failed. They fail still."""
     script = swap_script(tmp_path, '[ "$1" != code ]')
-    limits: dict[str, Any] = {"SWAP_FAILURE_LIMIT": 2, "SWAP_FAILURE_RESET_MS": 1000}
+    limits: dict[str, Any] = {"SWAP_FAILURE_LIMIT": 2, "SWAP_FAILURE_RESET_MS": 500}
     async with running_jano(tmp_path, [entry(chat), entry(code)], script, **limits) as daemon:
         for _ in range(2):
             assert (await daemon.ask("code"))[1]["error"]["code"] == "swap_failed"
@@ -2722,7 +2619,7 @@ async def test_model_whose_swaps_fail_is_refused_at_once_and_says_until_when(
     answer = await bad_code.post("code")
     error = (await answer.json())["error"]
     assert (answer.status, error["code"]) == (503, "backend_unavailable")
-    assert re.search('"code" .* 2 .* in [12] s', error["message"])
+    assert re.search('"code" .* 2 .* in 1 s', error["message"])
     assert (answer.headers["x-should-retry"], "Retry-After" in answer.headers) == ("false", False)
     assert calls(tmp_path) == ["code", "code"]
     assert (await bad_code.ask("chat"))[0] == 200
@@ -2730,7 +2627,7 @@ async def test_model_whose_swaps_fail_is_refused_at_once_and_says_until_when(
 
 async def test_model_marked_bad_is_tried_again_after_a_while(bad_code: Running) -> None:
     """And its failures count from 0 then."""
-    await asyncio.sleep(1)
+    await asyncio.sleep(0.5)
     errors = [(await bad_code.ask("code"))[1]["error"]["code"] for _ in range(3)]
     assert errors == ["swap_failed", "swap_failed", "backend_unavailable"]
 
@@ -2878,7 +2775,7 @@ async def test_server_that_still_loads_at_the_start_is_waited_for_and_not_restar
     script = swap_script(tmp_path, status='echo "chat: loaded"')
     async with running_jano(tmp_path, [entry(chat)], script) as daemon:
         asks = await daemon.queued("chat")
-        await asyncio.sleep(0.3)  # nothing may happen, so there is nothing to wait for
+        await asyncio.sleep(0.15)  # nothing may happen, so there is nothing to wait for
         assert not chat.requests
         chat.ready = True
         assert await statuses(asks) == [200]
@@ -3170,11 +3067,13 @@ async def running_pair(folder: Path, **settings: Any) -> AsyncIterator[Pair]:
     await pair.raw.stop()
 
 
-def fresh(backend: Raw) -> Raw:
+async def fresh(backend: Raw) -> Raw:
     """The same as it was at first."""
-    backend.reply = Raw.reply
+    backend.reply, backend.ready_once = Raw.reply, False
     backend.seen.clear()
     backend.talks = asyncio.Queue()
+    if not backend.server.is_serving():  # the last test went wrong
+        await backend.listen()
     return backend
 
 
@@ -3194,26 +3093,26 @@ async def pure_python(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator
 @pytest.fixture(scope="module")
 async def impatient(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Pair]:
     folder = tmp_path_factory.mktemp("impatient")
-    async with running_pair(folder, REQUEST_TIMEOUT_MS=400) as pair:
+    async with running_pair(folder, REQUEST_TIMEOUT_MS=250) as pair:
         yield pair
 
 
 @pytest.fixture
-def wire(patient: Pair) -> Raw:
+async def wire(patient: Pair) -> Raw:
     """A Raw backend of the models `chat` and `asr`, whose jano is shared by many tests."""
-    return fresh(patient.raw)
+    return await fresh(patient.raw)
 
 
 @pytest.fixture(params=["C", "Python"])
-def either_wire(request: pytest.FixtureRequest, patient: Pair, pure_python: Pair) -> Raw:
+async def either_wire(request: pytest.FixtureRequest, patient: Pair, pure_python: Pair) -> Raw:
     """The same, once for each of aiohttp's parsers of HTTP."""
-    return fresh(patient.raw if request.param == "C" else pure_python.raw)
+    return await fresh(patient.raw if request.param == "C" else pure_python.raw)
 
 
 @pytest.fixture
-def impatient_wire(impatient: Pair) -> Raw:
-    """The same, of a jano that bears no more than 0.4 seconds of silence."""
-    return fresh(impatient.raw)
+async def impatient_wire(impatient: Pair) -> Raw:
+    """The same, of a jano that bears no more than 0.25 seconds of silence."""
+    return await fresh(impatient.raw)
 
 
 @pytest.fixture
@@ -3225,7 +3124,7 @@ async def peer(patient: Pair) -> Peer:
 
 @pytest.fixture
 async def impatient_peer(impatient: Pair) -> Peer:
-    """The same, of a jano that bears no more than 0.4 seconds of silence."""
+    """The same, of a jano that bears no more than 0.25 seconds of silence."""
     await impatient.peer.forget()
     return impatient.peer
 
@@ -3837,7 +3736,7 @@ async def test_answer_that_is_cut_looks_cut(
 async def test_client_that_does_not_read_holds_the_backend_back_and_is_cut_off(
     tmp_path: Path,
 ) -> None:
-    async with running_raw(tmp_path, REQUEST_TIMEOUT_MS=1000) as backend:
+    async with running_raw(tmp_path, REQUEST_TIMEOUT_MS=500) as backend:
         backend.reply = OLD + b"\r\n" + HELD
         before = backend.jano.memory("VmRSS")
         async with connected(backend.jano, post_bytes()):
@@ -3845,7 +3744,7 @@ async def test_client_that_does_not_read_holds_the_backend_back_and_is_cut_off(
             with pytest.raises((TimeoutError, ConnectionError)):  # held back at last
                 for _ in range(320):  # 80 MB
                     writer.write(bytes(2**18))
-                    await asyncio.wait_for(writer.drain(), 0.5)
+                    await asyncio.wait_for(writer.drain(), 0.2)
             assert backend.jano.memory("VmRSS") < before + 20_000
             backend.reply = Raw.reply
             assert await event(backend.jano.ask("chat")) == (200, {})
@@ -3954,16 +3853,21 @@ async def test_passthrough_model_waits_in_no_queue(wire: Raw) -> None:
         assert await wire.jano.ask("asr") == (200, {})
 
 
-async def test_client_that_leaves_during_its_swap_is_never_forwarded(raw: Raw) -> None:
-    await raw.jano.logged("worker started", loaded="chat")
-    raw.server.close()
-    async with connected(raw.jano, post_bytes()):
-        await raw.jano.logged("swap requested", model="chat")
-    await raw.jano.logged("served", status=499, aborted=True)  # for its turn, which was refused
-    await raw.listen()
-    await raw.jano.logged("swap ready", model="chat")  # the swap is not the client's
-    assert await raw.jano.ask("chat") == (200, {})
-    assert len(raw.seen) == 1
+async def test_client_that_leaves_during_its_swap_is_never_forwarded(wire: Raw) -> None:
+    ready, left = len(wire.jano.log("swap ready")), len(wire.jano.log("served", status=499))
+    wire.server.close()
+    async with connected(wire.jano, post_bytes()):
+        await swap_requested(wire.jano)
+    await wire.jano.logged("served", left + 1, status=499)  # for its turn, which was refused
+    await wire.listen()
+    await wire.jano.logged("swap ready", ready + 1)  # the swap is not the client's
+    assert await wire.jano.ask("chat") == (200, {})
+    assert len(wire.seen) == 1
+
+
+async def swap_requested(daemon: Running) -> None:
+    """Wait until one more swap to chat was requested than were over when this was called."""
+    await daemon.logged("swap requested", len(daemon.log("swap ready")) + 1, model="chat")
 
 
 @pytest.mark.parametrize("begun", [b"", OK + b"\r\nbegun"], ids=["before the answer", "within it"])
@@ -4086,34 +3990,37 @@ async def crowd_is(daemon: Running, in_flight: int, waiting: int, files: int) ->
 # ------------------------------------------------- forward: backends that refuse or differ ----
 
 
-async def test_backend_that_refuses_the_connection_is_swapped_in_and_asked_again(raw: Raw) -> None:
-    await raw.jano.logged("worker started", loaded="chat")
-    raw.server.close()
-    asking = asyncio.create_task(exchange(raw.jano, post_bytes()))
-    await raw.jano.logged("swap requested", model="chat")
-    await raw.listen()
+async def test_backend_that_refuses_the_connection_is_swapped_in_and_asked_again(
+    wire: Raw,
+) -> None:
+    swaps = (await wire.jano.status())["swapsTotal"]
+    wire.server.close()
+    asking = asyncio.create_task(exchange(wire.jano, post_bytes()))
+    await swap_requested(wire.jano)
+    await wire.listen()
     assert answered(await asking).status == 200
-    assert len(raw.seen) == 1
-    await raw.jano.shows(swapsTotal=1)
+    assert len(wire.seen) == 1
+    await wire.jano.shows(swapsTotal=swaps + 1)
 
 
-async def test_backend_that_refuses_after_its_swap_too_is_asked_no_third_time(raw: Raw) -> None:
-    await raw.jano.logged("worker started", loaded="chat")
-    raw.ready_once = True
-    raw.server.close()
-    asking = asyncio.create_task(exchange(raw.jano, post_bytes()))
-    await raw.jano.logged("swap requested", model="chat")
-    await raw.listen()
+async def test_backend_that_refuses_after_its_swap_too_is_asked_no_third_time(wire: Raw) -> None:
+    swaps = (await wire.jano.status())["swapsTotal"]
+    wire.ready_once = True
+    wire.server.close()
+    asking = asyncio.create_task(exchange(wire.jano, post_bytes()))
+    await swap_requested(wire.jano)
+    await wire.listen()
     assert refused(await asking) == 502
-    assert raw.seen == []
-    await raw.jano.shows(swapsTotal=1)
+    assert wire.seen == []
+    await wire.jano.shows(swapsTotal=swaps + 1)
 
 
-async def test_passthrough_backend_that_refuses_is_a_502_at_once(raw: Raw) -> None:
-    raw.server.close()
-    status, answer = await raw.jano.ask("asr")
+async def test_passthrough_backend_that_refuses_is_a_502_at_once(wire: Raw) -> None:
+    so_far = len(calls(wire.jano.folder))
+    wire.server.close()
+    status, answer = await wire.jano.ask("asr")
     assert (status, answer["error"]["code"]) == (502, "backend_unreachable")
-    assert calls(raw.jano.folder) == []
+    assert len(calls(wire.jano.folder)) == so_far
 
 
 @contextlib.asynccontextmanager
@@ -4123,7 +4030,8 @@ async def tls_backend(folder: Path, name: str) -> AsyncIterator[tuple[int, Path]
     A request with X-Die ends its connection before the body has come.
     """
     key, certificate = folder / "key.pem", folder / "certificate.pem"
-    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    make = ["openssl", "req", "-x509", "-newkey", "ec", "-nodes", "-days", "2"]
+    make += ["-pkeyopt", "ec_paramgen_curve:prime256v1"]  # made sooner than one of RSA
     names = ["-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name}"]
     files = ["-keyout", str(key), "-out", str(certificate)]
     run = await asyncio.create_subprocess_exec(
@@ -4190,7 +4098,7 @@ async def test_backend_that_takes_no_bytes_is_a_504_and_others_are_served(
     await full.listen()
     models = [{"name": "chat", "url": full.url}, entry(code)]
     script = swap_script(tmp_path, status='echo "chat: loaded"')
-    async with running_jano(tmp_path, models, script, REQUEST_TIMEOUT_MS=500) as daemon:
+    async with running_jano(tmp_path, models, script, REQUEST_TIMEOUT_MS=300) as daemon:
         await daemon.logged("worker started", loaded="chat")
         body = b'{"model":"chat","x":"%b"}' % (b"x" * 8 * 2**20)
         begin = time.monotonic()
@@ -4239,7 +4147,7 @@ async def test_answer_may_take_longer_than_that_once_it_has_begun(impatient_peer
         await impatient_peer.read(reader, writer)
         writer.write(IN_CHUNKS)
         for _ in range(5):
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.06)
             writer.write(b"1\r\nx\r\n")
         writer.write(b"0\r\n\r\n")
 
@@ -5182,15 +5090,21 @@ async def test_unknown_expectation_is_ignored(door: Door, value: str) -> None:
 
 
 @pytest.fixture(scope="module")
-async def named_door(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Door]:
-    settings = {"JANO_ALLOWED_HOSTS": "box.local, other", "JANO_HOST": "LocalHost"}
-    async with running_door(tmp_path_factory.mktemp("named"), **settings) as named:
-        yield named
+async def picky_door(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Door]:
+    """It knows two hosts beside its own, and pages of some origins."""
+    settings = {
+        "JANO_HOST": "LocalHost",
+        "JANO_ALLOWED_HOSTS": "box.local, other",
+        "JANO_CORS_ORIGINS": "chrome-extension://*, http://localhost:*, file://, https://a.example",
+    }
+    async with running_door(tmp_path_factory.mktemp("picky"), **settings) as picky:
+        yield picky
 
 
 KNOWN_HOSTS = [
     "localhost",
     "LOCALHOST:1",
+    "127.0.0.1",
     "127.0.0.1:8",
     "[::1]",
     "[::1]:8",
@@ -5200,6 +5114,7 @@ KNOWN_HOSTS = [
     "host.containers.internal",
     "jano.localhost:8082",
     "gateway.docker.internal",
+    "models.internal",
     socket.gethostname(),
     f"{socket.gethostname().upper()}:8082",
 ]
@@ -5214,22 +5129,25 @@ UNKNOWN_HOSTS = [
     "127.0.0.1.h",
     "\xff",
     "evillocalhost",
+    "xinternal",
     "docker.internal.evil.example",
+    "internal.evil.example",
+    "10.0.0.1",
 ]
 
 
 @pytest.mark.parametrize("host", KNOWN_HOSTS)
-async def test_request_for_a_known_host_is_answered(named_door: Door, host: str) -> None:
-    assert (await named_door.ask("GET", "/status", f"Host: {host}")).status == 200
+async def test_request_for_a_known_host_is_answered(picky_door: Door, host: str) -> None:
+    assert (await picky_door.ask("GET", "/status", f"Host: {host}")).status == 200
 
 
 @pytest.mark.parametrize("method", ["GET", "OPTIONS", "POST"])
 @pytest.mark.parametrize("host", UNKNOWN_HOSTS)
 async def test_request_for_an_unknown_host_is_a_403(
-    named_door: Door, host: str, method: str
+    picky_door: Door, host: str, method: str
 ) -> None:
     """DNS rebinding: a web page's own name that points at 127.0.0.1 now."""
-    answer = await named_door.ask(method, "/", f"Host: {host}")
+    answer = await picky_door.ask(method, "/", f"Host: {host}")
     assert error_of(answer) == (403, "host_not_allowed")
 
 
@@ -5427,14 +5345,6 @@ async def test_page_may_read_a_stream_that_begins_with_a_heartbeat(slow: Slow) -
     assert answered(head).headers["Access-Control-Allow-Origin"] == "http://a"
 
 
-@pytest.fixture(scope="module")
-async def patterned_door(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Door]:
-    origins = "chrome-extension://*, http://localhost:*, file://, https://a.example"
-    folder = tmp_path_factory.mktemp("patterned")
-    async with running_door(folder, JANO_CORS_ORIGINS=origins) as patterned:
-        yield patterned
-
-
 @pytest.mark.parametrize(
     "origin",
     [
@@ -5442,12 +5352,14 @@ async def patterned_door(tmp_path_factory: pytest.TempPathFactory) -> AsyncItera
         "Chrome-Extension://abc",
         "http://localhost:3000",
         "http://LOCALHOST:80",
+        "http://localhost",
         "file://",
         "https://a.example",
     ],
 )
-async def test_origin_may_be_allowed_by_a_pattern(patterned_door: Door, origin: str) -> None:
-    answer = await patterned_door.ask("POST", "/x", f"Origin: {origin}", body=ASK)
+async def test_origin_may_be_allowed_by_a_pattern(picky_door: Door, origin: str) -> None:
+    headers = [f"Origin: {origin}", "Host: 127.0.0.1"]  # so that none is the origin of jano's page
+    answer = await picky_door.ask("POST", "/x", *headers, body=ASK)
     assert answer.status == 200
     assert answer.headers["Access-Control-Allow-Origin"] == origin
 
@@ -5462,30 +5374,32 @@ async def test_origin_may_be_allowed_by_a_pattern(patterned_door: Door, origin: 
         "http://evil.example:3000",
         "http://evil-localhost:3000",
         "http://localhost@evil.example",
+        "https://localhost:3000",
         "https://a.example:444",
+        "https://a.example.evil",
         "https://evil.a.example",
         "file://evil.example",
         "null",
     ],
 )
-async def test_pattern_allows_no_other_origin(patterned_door: Door, origin: str) -> None:
-    answer = await patterned_door.ask("POST", "/x", f"Origin: {origin}", body=ASK)
+async def test_pattern_allows_no_other_origin(picky_door: Door, origin: str) -> None:
+    answer = await picky_door.ask("POST", "/x", f"Origin: {origin}", body=ASK)
     assert error_of(answer) == (403, "origin_not_allowed")
 
 
 PRIVATE_NETWORK = "Access-Control-Request-Private-Network: true"
 
 
-async def test_known_origin_may_reach_the_private_network(patterned_door: Door) -> None:
+async def test_known_origin_may_reach_the_private_network(picky_door: Door) -> None:
     headers = ["Origin: https://a.example", "Access-Control-Request-Method: POST"]
-    answer = await patterned_door.ask("OPTIONS", "/x", *headers, PRIVATE_NETWORK)
+    answer = await picky_door.ask("OPTIONS", "/x", *headers, PRIVATE_NETWORK)
     assert answer.status == 204
     assert answer.headers["Access-Control-Allow-Private-Network"] == "true"
 
 
-async def test_unknown_origin_may_not_reach_the_private_network(patterned_door: Door) -> None:
+async def test_unknown_origin_may_not_reach_the_private_network(picky_door: Door) -> None:
     headers = ["Origin: https://evil.example", "Access-Control-Request-Method: POST"]
-    answer = await patterned_door.ask("OPTIONS", "/x", *headers, PRIVATE_NETWORK)
+    answer = await picky_door.ask("OPTIONS", "/x", *headers, PRIVATE_NETWORK)
     assert answer.status == 403
     assert "Access-Control-Allow-Private-Network" not in answer.headers
 
@@ -6080,7 +5994,7 @@ async def test_server_that_was_stopped_is_replaced_after_its_first_silence(tmp_p
     )
     models = [{"name": "chat", "url": f"http://127.0.0.1:{port}"}]
     try:
-        async with running_jano(tmp_path, models, script, REQUEST_TIMEOUT_MS=500) as daemon:
+        async with running_jano(tmp_path, models, script, REQUEST_TIMEOUT_MS=300) as daemon:
             first = (await daemon.ask("chat"))[1]["pid"]
             os.kill(first, signal.SIGSTOP)
             assert (await daemon.ask("chat"))[0] == 504
@@ -6152,29 +6066,34 @@ async def test_backend_whose_certificate_nobody_knows_is_not_ready_and_that_is_s
 # -------------------------------------------------------- faults of the field: the machine ----
 
 
-async def test_answer_that_came_while_the_machine_slept_is_passed_on(tmp_path: Path) -> None:
+async def test_answer_that_came_while_the_machine_slept_is_passed_on(impatient_wire: Raw) -> None:
     """After a suspension all deadlines have passed; but what came in time came in time."""
-    async with running_raw(tmp_path, REQUEST_TIMEOUT_MS=300) as backend:
-        backend.reply = HELD
-        for _ in range(3):
-            asking = asyncio.create_task(exchange(backend.jano, post_bytes()))
-            writer = await event(backend.talks.get())
-            backend.jano.kill(signal.SIGSTOP)
-            backend.say(writer, Raw.reply)
-            await asyncio.sleep(0.4)
-            backend.jano.kill(signal.SIGCONT)
-            assert answered(await asking).status == 200
+    impatient_wire.reply = HELD
+    for _ in range(3):
+        asking = asyncio.create_task(exchange(impatient_wire.jano, post_bytes()))
+        writer = await event(impatient_wire.talks.get())
+        async with suspended(impatient_wire.jano):
+            impatient_wire.say(writer, Raw.reply)
+        assert answered(await asking).status == 200
 
 
 async def test_client_whose_request_came_while_the_machine_slept_is_served(
-    tmp_path: Path,
+    impatient_wire: Raw,
 ) -> None:
-    async with running_raw(tmp_path, REQUEST_TIMEOUT_MS=300) as backend:
-        backend.jano.kill(signal.SIGSTOP)
-        asking = asyncio.create_task(exchange(backend.jano, post_bytes()))
-        await asyncio.sleep(0.4)
-        backend.jano.kill(signal.SIGCONT)
-        assert answered(await asking).status == 200
+    async with suspended(impatient_wire.jano):
+        asking = asyncio.create_task(exchange(impatient_wire.jano, post_bytes()))
+    assert answered(await asking).status == 200
+
+
+@contextlib.asynccontextmanager
+async def suspended(daemon: Running) -> AsyncIterator[None]:
+    """It sleeps until after the block, for longer than the 0.25 seconds of its patience."""
+    daemon.kill(signal.SIGSTOP)
+    try:
+        yield
+        await asyncio.sleep(0.3)
+    finally:
+        daemon.kill(signal.SIGCONT)
 
 
 # ---------------------------------------------------------------------------------- safety ----
@@ -6707,7 +6626,7 @@ class UsageStory:
 async def usage_story(tmp_path_factory: pytest.TempPathFactory) -> UsageStory:
     folder = tmp_path_factory.mktemp("usage")
     script = swap_script(folder, '[ "$1" != code ]', status='echo "chat: loaded"')
-    settings: dict[str, Any] = {"REQUEST_TIMEOUT_MS": 600, "USAGE_RECORDS_MAX": 5}
+    settings: dict[str, Any] = {"REQUEST_TIMEOUT_MS": 300, "USAGE_RECORDS_MAX": 5}
     async with running_backend("chat") as chat:
         gone = {"name": "gone", "url": f"http://127.0.0.1:{free_port()}", "passthrough": True}
         models = [
@@ -6794,7 +6713,7 @@ async def test_usage_tells_the_wait_for_a_turn_from_that_for_an_answer(
     usage_story: UsageStory,
 ) -> None:
     late, _, left, *_ = usage_story.usage["records"]
-    assert 0 <= late["queue_ms"] < 600 <= late["total_ms"]
+    assert 0 <= late["queue_ms"] < 300 <= late["total_ms"]
     assert left["queue_ms"] == left["total_ms"]  # it never had its turn
 
 
@@ -7553,7 +7472,7 @@ async def test_request_that_runs_when_the_time_to_stop_is_over_breaks_visibly(
     tmp_path: Path, chat: Backend
 ) -> None:
     chat.answer = chat.held
-    async with running_jano(tmp_path, [entry(chat)], SHUTDOWN_TIMEOUT_MS=200) as daemon:
+    async with running_jano(tmp_path, [entry(chat)], SHUTDOWN_TIMEOUT_MS=100) as daemon:
         running = await stop_during_a_request(daemon, chat)
         with pytest.raises(aiohttp.ClientError):
             await event(running)
