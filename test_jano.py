@@ -371,7 +371,8 @@ def calls(folder: Path, environ: bool = False) -> list[str]:
     path = folder / "calls"
     if not path.exists():
         return []
-    text = path.read_text().replace(" restart=\n", "\n").replace(" group=default", "")
+    text = path.read_text().replace(" restart=\n", "\n")
+    text = text.replace(" group=default", "").replace(f" group={folder}", "")
     lines = [line for line in text.splitlines() if not line.startswith("status ")]
     if environ:
         return lines
@@ -421,6 +422,7 @@ class Running:
         self.process = process
         self.session = session
         self.folder = folder  # where it was started
+        self.group = "default"  # of each model that is given to `reload` and names none
         self.proc = Path(f"/proc/{process.pid}")  # Linux only
         self.lines: list[dict[str, Any]] = []  # its log so far
         self.log_ended = False  # as the process has
@@ -498,6 +500,11 @@ class Running:
         assert {name: found[name] for name in wanted} == wanted
         return found
 
+    def bugs(self, may_log: str = "") -> list[dict[str, Any]]:
+        """The lines of its log that tell of a bug, but for those with this message."""
+        messages = {"worker died", "handler failed", "complaint of a library"} - {may_log}
+        return [line for line in self.lines if line["msg"] in messages]
+
     def kill(self, number: int) -> None:
         """Send it a signal, unless it has ended.
 
@@ -510,7 +517,7 @@ class Running:
 
     async def reload(self, models: list[dict[str, Any]]) -> None:
         """Write models.json anew, send SIGHUP and wait until jano has read it."""
-        write_models(self.folder, models)
+        write_models(self.folder, [{"group": self.group, **model} for model in models])
         so_far = len(self.log("models reloaded"))
         self.kill(signal.SIGHUP)
         await self.logged("models reloaded", so_far + 1)
@@ -568,9 +575,6 @@ async def start(
     )
 
 
-MUST_NOT_BE_LOGGED = ("worker died", "handler failed", "complaint of a library")
-
-
 @contextlib.asynccontextmanager
 async def running_jano(
     folder: Path,
@@ -606,9 +610,47 @@ async def running_jano(
             await reader
             await asyncio.gather(*running.tasks, return_exceptions=True)
         assert exit_code == ends_with, running.lines
-        bugs = {*MUST_NOT_BE_LOGGED} - {may_log}
-        broken = [line for line in running.lines if line["msg"] in bugs]
-        assert not broken, broken
+        assert not running.bugs(may_log)
+
+
+@pytest.fixture(scope="session")
+async def common_jano(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
+    """A jano for many groups of models, each of which is a folder, with its own swap.sh in it."""
+    folder = tmp_path_factory.mktemp("common")
+    call = 'exec "$JANO_GROUP/swap.sh" "$@"'
+    async with running_jano(folder, [ENTRY], swap_script(folder, call, status=call)) as daemon:
+        yield daemon
+
+
+Shared = Callable[..., contextlib.AbstractAsyncContextManager[Running]]
+
+
+@pytest.fixture
+def shared_jano(common_jano: Running, tmp_path: Path) -> Shared:
+    """As `running_jano(tmp_path, …)` without settings, but one process serves many tests.
+
+    It reads models.json again for each, with the test's models in a new group. So what is loaded,
+    waits and fails is the test's own; but ids and what /status counts go on from the last one.
+    """
+    common_jano.group = str(tmp_path)
+
+    @contextlib.asynccontextmanager
+    async def lent(
+        models: list[dict[str, Any]], swap: Path | None = None
+    ) -> AsyncIterator[Running]:
+        assert (swap or swap_script(tmp_path)) == tmp_path / "swap.sh"
+        await common_jano.reload(models)
+        del common_jano.lines[: common_jano.lines.index(common_jano.log("models reloaded")[-1])]
+        try:
+            yield common_jano
+            await event(common_jano.all_over())
+            assert not common_jano.bugs()
+        finally:
+            for task in common_jano.tasks:
+                task.cancel()
+            common_jano.tasks.clear()
+
+    return lent
 
 
 # ------------------------------------------------------------- helpers: clients in bytes ----
@@ -1602,9 +1644,11 @@ async def test_six_requests_of_two_models_cost_one_swap(
     assert calls(tmp_path) == ["code"]
 
 
-async def test_no_more_than_slots_are_in_flight_at_a_backend(tmp_path: Path, chat: Backend) -> None:
+async def test_no_more_than_slots_are_in_flight_at_a_backend(
+    shared_jano: Shared, chat: Backend
+) -> None:
     chat.answer = chat.held
-    async with running_jano(tmp_path, [entry(chat, slots=2)]) as daemon:
+    async with shared_jano([entry(chat, slots=2)]) as daemon:
         asks = await daemon.queued("chat", "chat", "chat")
         await event(chat.arrived.get())
         await event(chat.arrived.get())
@@ -1668,10 +1712,10 @@ async def test_groups_swap_independently(tmp_path: Path, chat: Backend, code: Ba
 
 
 async def test_passthrough_model_waits_for_no_swap(
-    tmp_path: Path, chat: Backend, code: Backend
+    shared_jano: Shared, tmp_path: Path, chat: Backend, code: Backend
 ) -> None:
     models = [entry(chat), entry(code), entry(chat, name="tts", passthrough=True)]
-    async with running_jano(tmp_path, models, gated_script(tmp_path)) as daemon:
+    async with shared_jano(models, gated_script(tmp_path)) as daemon:
         slow = await daemon.queued("code")
         await event(until(lambda: calls(tmp_path) == ["code"]))
         assert (await daemon.ask("tts"))[0] == 200
@@ -1770,13 +1814,13 @@ async def test_name_that_the_locale_cannot_spell_fails_alone(tmp_path: Path, cha
 
 
 async def test_models_of_a_set_are_loaded_by_one_call_and_served_at_once(
-    tmp_path: Path, chat: Backend, code: Backend
+    shared_jano: Shared, tmp_path: Path, chat: Backend, code: Backend
 ) -> None:
     """Each has slots of its own, and the other model of the group excludes both."""
     chat.answer, code.answer = chat.held, code.held
     models = [entry(chat, set="pair"), entry(code, set="pair"), entry(chat, name="big")]
     script = swap_script(tmp_path, status='echo "big: loaded"')
-    async with running_jano(tmp_path, models, script) as daemon:
+    async with shared_jano(models, script) as daemon:
         asks = await daemon.queued("chat", "code")
         await event(chat.arrived.get())
         await event(code.arrived.get())
@@ -1790,11 +1834,11 @@ async def test_models_of_a_set_are_loaded_by_one_call_and_served_at_once(
 
 
 async def test_models_list_shows_each_member_of_the_loaded_set_as_loaded(
-    tmp_path: Path, chat: Backend, code: Backend
+    shared_jano: Shared, tmp_path: Path, chat: Backend, code: Backend
 ) -> None:
     models = [entry(chat, set="pair"), entry(code, set="pair"), entry(chat, name="big")]
     script = swap_script(tmp_path, status='echo "big: loaded"')
-    async with running_jano(tmp_path, models, script) as daemon:
+    async with shared_jano(models, script) as daemon:
         assert (await daemon.ask("code"))[0] == 200
         listed = (await daemon.get("/v1/models"))["data"]
     states = {model["id"]: model["status"]["value"] for model in listed}
@@ -1802,12 +1846,12 @@ async def test_models_list_shows_each_member_of_the_loaded_set_as_loaded(
 
 
 async def test_set_is_ready_when_all_its_members_are(
-    tmp_path: Path, chat: Backend, code: Backend
+    shared_jano: Shared, tmp_path: Path, chat: Backend, code: Backend
 ) -> None:
     code.ready = False
     models = [entry(chat, set="pair"), entry(code, set="pair"), entry(chat, name="big")]
     script = swap_script(tmp_path, status='echo "big: loaded"')
-    async with running_jano(tmp_path, models, script) as daemon:
+    async with shared_jano(models, script) as daemon:
         asks = await daemon.queued("chat")
         await event(until(lambda: calls(tmp_path) == ["pair"]))
         await asyncio.sleep(0.15)  # nothing may happen, so there is nothing to wait for
@@ -1817,11 +1861,11 @@ async def test_set_is_ready_when_all_its_members_are(
 
 
 async def test_set_of_which_status_names_all_is_found_loaded_at_the_start(
-    tmp_path: Path, chat: Backend, code: Backend
+    shared_jano: Shared, tmp_path: Path, chat: Backend, code: Backend
 ) -> None:
     models = [entry(chat, name="big"), entry(chat, set="pair"), entry(code, set="pair")]
     script = swap_script(tmp_path, status='echo "chat: loaded"; echo "code: loaded"')
-    async with running_jano(tmp_path, models, script) as daemon:
+    async with shared_jano(models, script) as daemon:
         asks = await daemon.queued("chat", "code")
         assert await statuses(asks) == [200, 200]
     assert calls(tmp_path) == []
@@ -1905,10 +1949,10 @@ async def test_crashed_member_of_a_set_heals_and_the_other_one_stays(tmp_path: P
 
 
 async def test_model_that_a_reload_takes_out_of_the_loaded_set_needs_a_swap_of_its_own(
-    tmp_path: Path, chat: Backend, code: Backend
+    shared_jano: Shared, tmp_path: Path, chat: Backend, code: Backend
 ) -> None:
     models = [entry(chat, set="pair"), entry(code, set="pair")]
-    async with running_jano(tmp_path, models) as daemon:
+    async with shared_jano(models) as daemon:
         assert (await daemon.ask("chat"))[0] == 200
         so_far = len(calls(tmp_path))
         await daemon.reload([entry(chat, set="pair"), entry(code)])
@@ -1919,7 +1963,7 @@ async def test_model_that_a_reload_takes_out_of_the_loaded_set_needs_a_swap_of_i
 
 
 async def test_model_that_a_reload_puts_into_the_loaded_set_is_served(
-    tmp_path: Path, chat: Backend, code: Backend
+    shared_jano: Shared, tmp_path: Path, chat: Backend, code: Backend
 ) -> None:
     """The script was told to load the set before the model was in it."""
     await code.stop()
@@ -1930,7 +1974,7 @@ async def test_model_that_a_reload_puts_into_the_loaded_set_is_served(
 
     models = [entry(chat, set="pair"), entry(code)]
     script = swap_script(tmp_path, status='echo "chat: loaded"')
-    async with running_jano(tmp_path, models, script) as daemon:
+    async with shared_jano(models, script) as daemon:
         assert (await daemon.ask("chat"))[0] == 200
         await daemon.reload([entry(chat, set="pair"), entry(code, set="pair")])
         starting = daemon.background(start_code())
@@ -1939,18 +1983,18 @@ async def test_model_that_a_reload_puts_into_the_loaded_set_is_served(
 
 
 async def test_model_that_a_reload_removes_holds_up_its_set_no_longer(
-    tmp_path: Path, chat: Backend, code: Backend
+    shared_jano: Shared, chat: Backend, code: Backend
 ) -> None:
     gone = {"name": "gone", "url": "http://127.0.0.1:1", "set": "pair"}
-    async with running_jano(tmp_path, [entry(chat), entry(code, set="pair"), gone]) as daemon:
+    async with shared_jano([entry(chat), entry(code, set="pair"), gone]) as daemon:
         await daemon.reload([entry(chat), entry(code, set="pair")])
         assert (await daemon.ask("code"))[0] == 200
 
 
 async def test_set_may_get_another_name_while_it_loads(
-    tmp_path: Path, chat: Backend, code: Backend
+    shared_jano: Shared, tmp_path: Path, chat: Backend, code: Backend
 ) -> None:
-    async with running_jano(tmp_path, [entry(chat), entry(code)], gated_script(tmp_path)) as daemon:
+    async with shared_jano([entry(chat), entry(code)], gated_script(tmp_path)) as daemon:
         [client] = await daemon.queued("code")
         await event(until(lambda: calls(tmp_path) == ["code"]))
         client.cancel()
@@ -1973,9 +2017,9 @@ async def post_path(daemon: Running, path: str) -> tuple[int, Any]:
 
 
 async def test_load_answers_once_the_model_is_there_and_asks_its_backend_nothing(
-    tmp_path: Path, chat: Backend, code: Backend
+    shared_jano: Shared, tmp_path: Path, chat: Backend, code: Backend
 ) -> None:
-    async with running_jano(tmp_path, [entry(chat), entry(code)], gated_script(tmp_path)) as daemon:
+    async with shared_jano([entry(chat), entry(code)], gated_script(tmp_path)) as daemon:
         load = daemon.background(post_path(daemon, "/load?model=code"))
         await event(until(lambda: calls(tmp_path) == ["code"]))
         await daemon.shows(swapping="code")
@@ -1987,10 +2031,10 @@ async def test_load_answers_once_the_model_is_there_and_asks_its_backend_nothing
 
 
 async def test_load_waits_for_its_turn_in_the_queue(
-    tmp_path: Path, chat: Backend, code: Backend
+    shared_jano: Shared, tmp_path: Path, chat: Backend, code: Backend
 ) -> None:
     chat.answer = chat.held
-    async with running_jano(tmp_path, [entry(chat), entry(code)]) as daemon:
+    async with shared_jano([entry(chat), entry(code)]) as daemon:
         asks = await daemon.queued("chat")
         await event(chat.arrived.get())
         load = daemon.background(post_path(daemon, "/load?model=code"))
@@ -2528,7 +2572,7 @@ async def test_server_that_did_not_get_ready_twice_is_to_be_restarted(
 
 
 async def test_status_that_hangs_delays_no_swap(
-    tmp_path: Path, chat: Backend, code: Backend
+    shared_jano: Shared, tmp_path: Path, chat: Backend, code: Backend
 ) -> None:
     asked = tmp_path / "asked"  # at the start
     script = swap_script(tmp_path, status=f'[ ! -e "{asked}" ] || sleep 60; touch "{asked}"')
@@ -2539,19 +2583,19 @@ async def test_status_that_hangs_delays_no_swap(
         return web.Response(status=200 if hangs else 503)
 
     chat.look = look
-    async with running_jano(tmp_path, models, script) as daemon:
+    async with shared_jano(models, script) as daemon:
         await daemon.ask("code")
         assert (await daemon.logged("swap ready"))["ms"] < 3000
 
 
 async def test_health_with_a_header_of_9_kb_is_fine(
-    tmp_path: Path, chat: Backend, code: Backend
+    shared_jano: Shared, chat: Backend, code: Backend
 ) -> None:
     async def look(_: web.Request) -> web.Response:
         return web.Response(headers={"X-Long": "x" * 9000})
 
     code.look = look
-    async with running_jano(tmp_path, [entry(chat), entry(code)]) as daemon:
+    async with shared_jano([entry(chat), entry(code)]) as daemon:
         assert (await daemon.ask("code"))[0] == 200
 
 
@@ -2573,28 +2617,16 @@ async def test_client_that_finds_no_free_file_waits_for_one_and_floods_no_log(
         assert answered(await asking).status == 200
 
 
-async def test_backend_is_asked_whether_it_is_ready_with_its_own_headers(
-    tmp_path: Path, chat: Backend, code: Backend
-) -> None:
-    async def look(request: web.Request) -> web.Response:
-        return web.Response(status=200 if request.headers.get("X-Key") == "k" else 401)
-
-    code.look = look
-    models = [entry(chat), entry(code, headers={"X-Key": "k"})]
-    async with running_jano(tmp_path, models) as daemon:
-        assert (await daemon.ask("code"))[0] == 200
-
-
 # What a failed swap does to others
 
 
 async def test_failed_swap_fails_who_waits_for_it_and_nobody_else(
-    tmp_path: Path, chat: Backend, code: Backend
+    shared_jano: Shared, tmp_path: Path, chat: Backend, code: Backend
 ) -> None:
     chat.answer = chat.held
     models = [entry(chat), entry(code), {"name": "third", "url": f"{chat.url}/third"}]
     script = swap_script(tmp_path, '[ "$1" != code ]')
-    async with running_jano(tmp_path, models, script) as daemon:
+    async with shared_jano(models, script) as daemon:
         asks = await daemon.queued("chat", "code", "code", "third")
         chat.release.set()
         assert await statuses(asks) == [200, 503, 503, 200]
@@ -2641,10 +2673,10 @@ async def test_reload_forgets_failures(bad_code: Running, chat: Backend, code: B
 
 
 async def test_swap_whose_client_has_left_the_queue_is_not_started(
-    tmp_path: Path, chat: Backend, code: Backend
+    shared_jano: Shared, tmp_path: Path, chat: Backend, code: Backend
 ) -> None:
     chat.answer = chat.held
-    async with running_jano(tmp_path, [entry(chat), entry(code)]) as daemon:
+    async with shared_jano([entry(chat), entry(code)]) as daemon:
         running, client = await daemon.queued("chat", "code")
         client.cancel()
         await daemon.logged("client disconnected")
@@ -2654,10 +2686,10 @@ async def test_swap_whose_client_has_left_the_queue_is_not_started(
 
 
 async def test_swap_whose_client_has_left_is_abandoned_if_others_wait(
-    tmp_path: Path, chat: Backend, code: Backend
+    shared_jano: Shared, tmp_path: Path, chat: Backend, code: Backend
 ) -> None:
     script = swap_script(tmp_path, '[ "$1" != code ] || exec sleep 60')
-    async with running_jano(tmp_path, [entry(chat), entry(code)], script) as daemon:
+    async with shared_jano([entry(chat), entry(code)], script) as daemon:
         [client] = await daemon.queued("code")
         await event(until(lambda: calls(tmp_path) == ["code"]))
         others = await daemon.queued("chat")
@@ -2686,9 +2718,9 @@ async def test_clients_with_less_patience_than_a_swap_takes_are_served_in_the_en
 
 
 async def test_swap_whose_client_has_left_goes_on_if_nobody_waits(
-    tmp_path: Path, chat: Backend, code: Backend
+    shared_jano: Shared, tmp_path: Path, chat: Backend, code: Backend
 ) -> None:
-    async with running_jano(tmp_path, [entry(chat), entry(code)], gated_script(tmp_path)) as daemon:
+    async with shared_jano([entry(chat), entry(code)], gated_script(tmp_path)) as daemon:
         [client] = await daemon.queued("code")
         await event(until(lambda: calls(tmp_path) == ["code"]))
         client.cancel()
@@ -2757,10 +2789,10 @@ async def test_start_asks_the_script_once_for_each_group(found_at_start: FoundAt
 
 
 async def test_request_that_comes_before_it_is_known_what_is_loaded_waits_for_that(
-    tmp_path: Path, chat: Backend, code: Backend
+    shared_jano: Shared, tmp_path: Path, chat: Backend, code: Backend
 ) -> None:
     script = gated_script(tmp_path, "status", then='echo "code: loaded"')
-    async with running_jano(tmp_path, [entry(chat), entry(code)], script) as daemon:
+    async with shared_jano([entry(chat), entry(code)], script) as daemon:
         asks = await daemon.queued("code")
         (tmp_path / "go").touch()
         assert await statuses(asks) == [200]
@@ -2768,12 +2800,12 @@ async def test_request_that_comes_before_it_is_known_what_is_loaded_waits_for_th
 
 
 async def test_server_that_still_loads_at_the_start_is_waited_for_and_not_restarted(
-    tmp_path: Path, chat: Backend
+    shared_jano: Shared, tmp_path: Path, chat: Backend
 ) -> None:
     """The script may be asked for it: it finds it there."""
     chat.ready = False
     script = swap_script(tmp_path, status='echo "chat: loaded"')
-    async with running_jano(tmp_path, [entry(chat)], script) as daemon:
+    async with shared_jano([entry(chat)], script) as daemon:
         asks = await daemon.queued("chat")
         await asyncio.sleep(0.15)  # nothing may happen, so there is nothing to wait for
         assert not chat.requests
@@ -2876,11 +2908,11 @@ async def test_backend_that_failed_and_is_ready_is_asked_again(
 
 
 async def test_only_the_swap_after_a_failure_is_told_to_restart(
-    tmp_path: Path, chat: Backend, code: Backend
+    shared_jano: Shared, tmp_path: Path, chat: Backend, code: Backend
 ) -> None:
     chat.answer = says(b"{}", status=500)
     script = swap_script(tmp_path, status='echo "chat: loaded"')
-    async with running_jano(tmp_path, [entry(chat), entry(code)], script) as daemon:
+    async with shared_jano([entry(chat), entry(code)], script) as daemon:
         await daemon.logged("worker started")
         chat.ready = False
         assert (await daemon.post("chat")).status == 500
@@ -4070,12 +4102,12 @@ async def test_backend_may_speak_tls(tmp_path: Path) -> None:
     [("[::1]", "::1"), ("localhost", "127.0.0.1")],  # a Mac's localhost is ::1 first
 )
 async def test_backend_may_have_an_ipv6_address_or_a_name(
-    tmp_path: Path, chat: Backend, host: str, address: str
+    shared_jano: Shared, chat: Backend, host: str, address: str
 ) -> None:
     server: Any = chat.runner.server
     listener = await asyncio.get_running_loop().create_server(server, address, 0)
     url = f"http://{host}:{listener.sockets[0].getsockname()[1]}"
-    async with listener, running_jano(tmp_path, [entry(chat, url=url)]) as daemon:
+    async with listener, shared_jano([entry(chat, url=url)]) as daemon:
         assert await daemon.ask("chat") == (200, {"answered_by": "chat"})
 
 
@@ -5843,10 +5875,10 @@ async def test_model_is_listed_alone_by_any_of_its_names(rich: Rich, name: str) 
 
 
 async def test_model_that_is_being_loaded_is_listed_so(
-    tmp_path: Path, chat: Backend, code: Backend
+    shared_jano: Shared, chat: Backend, code: Backend
 ) -> None:
     code.ready = False
-    async with running_jano(tmp_path, [entry(chat), entry(code)]) as daemon:
+    async with shared_jano([entry(chat), entry(code)]) as daemon:
         asked_ = asyncio.create_task(daemon.ask("code"))
         await daemon.logged("swap requested")
         listed = (await daemon.get("/v1/models"))["data"]
@@ -5952,17 +5984,19 @@ async def test_other_models_do_not_get_these_headers(rich: Rich) -> None:
     assert [pair for pair in seen["headers"] if pair[0] not in MADE_ANEW] == [["x-own", "1"]]
 
 
-async def test_headers_of_an_entry_go_with_its_probes(tmp_path: Path, chat: Backend) -> None:
+async def test_headers_of_an_entry_go_with_its_probes(
+    shared_jano: Shared, chat: Backend, code: Backend
+) -> None:
     """Or a server that wants a key would never be ready."""
 
     async def guarded(request: web.Request) -> web.Response:
         known = request.headers.get("Authorization") == "Bearer s3cret"
         return web.Response(status=200 if known else 401)
 
-    chat.look = guarded
-    models = [entry(chat, headers={"authorization": "Bearer s3cret"})]
-    async with running_jano(tmp_path, models, SWAP_WAIT_TIMEOUT_MS=1000) as daemon:
-        assert (await daemon.ask("chat"))[0] == 200
+    code.look = guarded
+    models = [entry(chat), entry(code, headers={"authorization": "Bearer s3cret"})]
+    async with shared_jano(models) as daemon:
+        assert (await event(daemon.ask("code")))[0] == 200
 
 
 # ------------------------------------------------------- front door: what cannot be served ----
@@ -6007,7 +6041,7 @@ async def test_server_that_was_stopped_is_replaced_after_its_first_silence(tmp_p
 
 
 async def test_backend_that_dies_within_an_answer_and_is_not_well_is_restarted(
-    tmp_path: Path, chat: Backend
+    shared_jano: Shared, tmp_path: Path, chat: Backend
 ) -> None:
     restarted = tmp_path / "restarted"
 
@@ -6025,7 +6059,7 @@ async def test_backend_that_dies_within_an_answer_and_is_not_well_is_restarted(
 
     chat.look, chat.answer = look, die
     script = swap_script(tmp_path, f'[ -z "$JANO_RESTART" ] || touch "{restarted}"')
-    async with running_jano(tmp_path, [entry(chat)], script) as daemon:
+    async with shared_jano([entry(chat)], script) as daemon:
         await daemon.logged("worker started", loaded="chat")
         with pytest.raises(aiohttp.ClientError):
             await daemon.post("chat")
@@ -6034,7 +6068,7 @@ async def test_backend_that_dies_within_an_answer_and_is_not_well_is_restarted(
 
 
 async def test_backend_that_refuses_requests_is_not_asked_for_its_health(
-    tmp_path: Path, chat: Backend
+    shared_jano: Shared, chat: Backend
 ) -> None:
     """A 4xx is the client's fault."""
     looks = 0
@@ -6045,7 +6079,7 @@ async def test_backend_that_refuses_requests_is_not_asked_for_its_health(
         return web.Response()
 
     chat.look, chat.answer = look, says(b"{}", status=400)
-    async with running_jano(tmp_path, [entry(chat)]) as daemon:
+    async with shared_jano([entry(chat)]) as daemon:
         await daemon.logged("worker started", loaded="chat")
         assert [(await daemon.ask("chat"))[0] for _ in range(3)] == [400] * 3
         assert looks == 1
@@ -7298,10 +7332,10 @@ async def test_what_is_remembered_stops_growing(tmp_path: Path, chat: Backend) -
 
 
 async def test_reload_loses_neither_a_waiting_request_nor_the_loaded_model(
-    tmp_path: Path, chat: Backend, code: Backend
+    shared_jano: Shared, tmp_path: Path, chat: Backend, code: Backend
 ) -> None:
     chat.answer = chat.held
-    async with running_jano(tmp_path, [entry(chat), entry(code)]) as daemon:
+    async with shared_jano([entry(chat), entry(code)]) as daemon:
         asks = await daemon.queued("chat", "code", "chat")
         await daemon.reload([entry(chat), entry(code, name="new")])
         asks += await daemon.queued("new")
@@ -7311,9 +7345,9 @@ async def test_reload_loses_neither_a_waiting_request_nor_the_loaded_model(
 
 
 async def test_model_that_a_reload_has_dropped_is_unknown(
-    tmp_path: Path, chat: Backend, code: Backend
+    shared_jano: Shared, chat: Backend, code: Backend
 ) -> None:
-    async with running_jano(tmp_path, [entry(chat), entry(code)]) as daemon:
+    async with shared_jano([entry(chat), entry(code)]) as daemon:
         await daemon.reload([entry(chat)])
         status, answer = await daemon.ask("code")
         assert (status, answer["error"]["code"]) == (400, "model_not_found")
@@ -7328,11 +7362,11 @@ async def test_reload_with_a_fault_changes_nothing(tmp_path: Path, chat: Backend
 
 
 async def test_waiting_request_goes_where_a_reload_has_moved_its_model(
-    tmp_path: Path, chat: Backend, code: Backend
+    shared_jano: Shared, tmp_path: Path, chat: Backend, code: Backend
 ) -> None:
     chat.answer = chat.held
     before = entry(code, url="http://127.0.0.1:1")
-    async with running_jano(tmp_path, [entry(chat), before]) as daemon:
+    async with shared_jano([entry(chat), before]) as daemon:
         asks = await daemon.queued("chat", "code")
         await daemon.reload([entry(chat), entry(code)])
         chat.release.set()
@@ -7355,9 +7389,9 @@ async def test_waiting_request_goes_to_the_group_to_which_a_reload_has_moved_its
     assert "code previous=chat" not in calls(tmp_path, environ=True)
 
 
-async def test_more_slots_count_at_once(tmp_path: Path, chat: Backend) -> None:
+async def test_more_slots_count_at_once(shared_jano: Shared, chat: Backend) -> None:
     chat.answer = chat.held
-    async with running_jano(tmp_path, [entry(chat)]) as daemon:
+    async with shared_jano([entry(chat)]) as daemon:
         asks = await daemon.queued("chat", "chat")
         await event(chat.arrived.get())
         await daemon.reload([entry(chat, slots=2)])
@@ -7385,10 +7419,10 @@ async def test_model_that_becomes_resident_is_served_beside_what_runs(
 
 
 async def test_reload_counts_at_once_during_a_swap_of_a_model_that_it_drops(
-    tmp_path: Path, chat: Backend, code: Backend
+    shared_jano: Shared, tmp_path: Path, chat: Backend, code: Backend
 ) -> None:
     """Who waits for that model already is served."""
-    async with running_jano(tmp_path, [entry(chat), entry(code)], gated_script(tmp_path)) as daemon:
+    async with shared_jano([entry(chat), entry(code)], gated_script(tmp_path)) as daemon:
         asks = await daemon.queued("code")
         await event(until(lambda: calls(tmp_path) == ["code"]))
         await daemon.reload([entry(chat)])
@@ -7398,9 +7432,9 @@ async def test_reload_counts_at_once_during_a_swap_of_a_model_that_it_drops(
     assert calls(tmp_path) == ["code"]
 
 
-async def test_two_reloads_in_a_row_end_with_the_second(tmp_path: Path, chat: Backend) -> None:
+async def test_two_reloads_in_a_row_end_with_the_second(shared_jano: Shared, chat: Backend) -> None:
     chat.answer = chat.held
-    async with running_jano(tmp_path, [entry(chat)]) as daemon:
+    async with shared_jano([entry(chat)]) as daemon:
         asks = await daemon.queued("chat")
         await event(chat.arrived.get())
         await daemon.reload([entry(chat), entry(chat, name="first")])
