@@ -713,11 +713,20 @@ def answered(message: bytes) -> http.client.HTTPResponse:
     return answer
 
 
+OPENAI_KEYS = {"message", "type", "param", "code"}
+
+
+def error_of(answer: http.client.HTTPResponse) -> tuple[int, str]:
+    """Status and code of an answer that must be an error in OpenAI's shape."""
+    error = json.loads(answer.read())["error"]
+    assert error.keys() == OPENAI_KEYS
+    assert error["message"]
+    return answer.status, error["code"]
+
+
 def refused(message: bytes) -> int:
-    """The status of an answer that must be an error in OpenAI's shape."""
-    answer = answered(message)
-    assert json.loads(answer.read())["error"].keys() == {"message", "type", "param", "code"}
-    return answer.status
+    """The status of an answer that must be such an error."""
+    return error_of(answered(message))[0]
 
 
 # -------------------------------------------------------------------------------- config ----
@@ -1132,13 +1141,19 @@ def test_take_next_is_the_oldest_for_what_is_loaded_else_the_oldest(
     assert ticket is (tickets[taken] if taken else None)
 
 
+def schedule_of(turn: float, linger: float, slots: int, sets: dict[str, str]) -> jano.Schedule:
+    """Of the models a to d; those without a set are one by themselves."""
+    schedule = jano.Schedule(turn, linger)
+    schedule.slots = dict.fromkeys("abcd", slots)
+    schedule.set_of = {model: sets.get(model, model) for model in "abcd"}
+    return schedule
+
+
 class Course:
     """A Schedule told what happens. The first letter of a ticket's name is its model."""
 
     def __init__(self, turn: float, linger: float, slots: int, sets: dict[str, str]) -> None:
-        self.schedule = jano.Schedule(turn, linger)
-        self.schedule.slots = dict.fromkeys("abcd", slots)
-        self.schedule.set_of = {model: sets.get(model, model) for model in "abcd"}
+        self.schedule = schedule_of(turn, linger, slots, sets)
         self.tickets: dict[str, jano.Ticket] = {}
 
     def happen(self, now: float, event: str) -> None:
@@ -1497,9 +1512,7 @@ class Group:
     """A worker and its clients in virtual time, that check at each event what must hold."""
 
     def __init__(self, turn: float, linger: float, slots: int, load: float, sets: dict[str, str]):
-        self.schedule = jano.Schedule(turn, linger)
-        self.schedule.slots = dict.fromkeys("abcd", slots)
-        self.schedule.set_of = {model: sets.get(model, model) for model in "abcd"}
+        self.schedule = schedule_of(turn, linger, slots, sets)
         self.load = load
         self.events: list[tuple[float, int, Callable[[], None]]] = []
         self.order = itertools.count()
@@ -2444,27 +2457,21 @@ async def begun_slow_swaps(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Awaitable[tuple[Swaps, LongLoads]] | None:
     """They spend their time waiting: so both begin with the session, beside the other tests."""
-    if not any("slow_swaps" in getattr(item, "fixturenames", ()) for item in request.session.items):
+    names = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
+    if not names & {"swaps", "long_loads"}:
         return None
     folders = [tmp_path_factory.mktemp(name) for name in ("swaps", "loads")]
     return asyncio.gather(run_swaps(folders[0]), run_long_loads(folders[1]))
 
 
 @pytest.fixture(scope="module")
-async def slow_swaps(
-    begun_slow_swaps: Awaitable[tuple[Swaps, LongLoads]],
-) -> tuple[Swaps, LongLoads]:
-    return await begun_slow_swaps
+async def swaps(begun_slow_swaps: Awaitable[tuple[Swaps, LongLoads]]) -> Swaps:
+    return (await begun_slow_swaps)[0]
 
 
 @pytest.fixture(scope="module")
-def swaps(slow_swaps: tuple[Swaps, LongLoads]) -> Swaps:
-    return slow_swaps[0]
-
-
-@pytest.fixture(scope="module")
-def long_loads(slow_swaps: tuple[Swaps, LongLoads]) -> LongLoads:
-    return slow_swaps[1]
+async def long_loads(begun_slow_swaps: Awaitable[tuple[Swaps, LongLoads]]) -> LongLoads:
+    return (await begun_slow_swaps)[1]
 
 
 @pytest.mark.parametrize(
@@ -2979,14 +2986,6 @@ async def asked(
     return answered(await exchange(daemon, request_bytes(method, path, *headers, body=body)))
 
 
-def error_of(answer: http.client.HTTPResponse) -> tuple[int, str]:
-    """Status and code of an answer that must be an error in OpenAI's shape."""
-    error = json.loads(answer.read())["error"]
-    assert error.keys() == {"message", "type", "param", "code"}
-    assert error["message"]
-    return answer.status, error["code"]
-
-
 async def nothing_comes(reader: asyncio.StreamReader, seconds: float) -> None:
     """No byte reaches the client for so long."""
     with pytest.raises(TimeoutError):
@@ -3056,18 +3055,6 @@ async def ask_peer(backend: Peer, *headers: str, body: bytes = PEER) -> tuple[in
     """One request for the peer: status and body of the answer, which must be whole."""
     answer = answered(await exchange(backend.jano, post_bytes(body, *headers)))
     return answer.status, answer.read()
-
-
-@contextlib.asynccontextmanager
-async def running_raw(folder: Path, **settings: Any) -> AsyncIterator[Raw]:
-    """A Raw backend with one model, `chat`, and its jano."""
-    backend = Raw()
-    await backend.listen()
-    models = [{"name": "chat", "url": backend.url}]
-    async with running_jano(folder, models, **settings) as backend.jano:
-        await backend.jano.logged("worker started")
-        yield backend
-    await backend.stop()
 
 
 class Pair(NamedTuple):
@@ -3768,7 +3755,7 @@ async def test_answer_that_is_cut_looks_cut(
 async def test_client_that_does_not_read_holds_the_backend_back_and_is_cut_off(
     tmp_path: Path,
 ) -> None:
-    async with running_raw(tmp_path, REQUEST_TIMEOUT_MS=500) as backend:
+    async with running_pair(tmp_path, REQUEST_TIMEOUT_MS=500) as (backend, _):
         backend.reply = OLD + b"\r\n" + HELD
         before = backend.jano.memory("VmRSS")
         async with connected(backend.jano, post_bytes()):
@@ -3785,7 +3772,7 @@ async def test_client_that_does_not_read_holds_the_backend_back_and_is_cut_off(
 
 @linux_only
 async def test_clients_that_leave_without_reading_leave_no_body_behind(tmp_path: Path) -> None:
-    async with running_raw(tmp_path) as backend:
+    async with running_pair(tmp_path) as (backend, _):
         backend.reply = OLD + b"\r\n" + HELD
         before = backend.jano.memory("VmRSS")
         body = b'{"model":"chat","x":"%b"}' % (b"x" * 2**25)
@@ -4660,7 +4647,6 @@ async def keyed_door(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[
 
 
 ASK = b'{"model": "chat"}'
-OPENAI_KEYS = {"message", "type", "param", "code"}
 
 
 # ----------------------------------------------------------- front door: jano's own routes ----
@@ -4760,9 +4746,7 @@ async def test_websocket_upgrade_is_a_426(door: Door, path: str, spelling: str) 
         "Sec-WebSocket-Version: 13",
         "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
     ]
-    answer = await door.ask("GET", path, *headers)
-    assert answer.status == 426
-    assert json.loads(answer.read())["error"].keys() == OPENAI_KEYS
+    assert error_of(await door.ask("GET", path, *headers))[0] == 426
 
 
 # ----------------------------------------------------------- front door: unusable requests ----
@@ -5041,9 +5025,7 @@ async def test_header_beyond_64_kb_is_a_431_that_says_so(door: Door, method: str
 
 
 async def test_more_than_256_headers_are_a_431(door: Door) -> None:
-    answer = await door.ask("POST", "/x", *cookies(6000, each=20), body=ASK)
-    assert answer.status == 431
-    assert json.loads(answer.read())["error"].keys() == OPENAI_KEYS
+    assert error_of(await door.ask("POST", "/x", *cookies(6000, each=20), body=ASK))[0] == 431
 
 
 async def test_path_of_60_kb_is_fine(wire: Raw) -> None:
@@ -6426,9 +6408,6 @@ class Story:
         return [line["ms"] for line in self.log if line["msg"] == "swap ready"]
 
 
-HEALTH_PATHS = ["/health", "/v1/health", "/healthz", "/readyz"]
-
-
 @pytest.fixture(scope="module")
 async def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     folder = tmp_path_factory.mktemp("story")
@@ -6438,7 +6417,7 @@ async def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
         async with running_jano(folder, models, gated_script(folder)) as daemon:
             await daemon.logged("worker started")
             idle = await daemon.status()
-            paths = {path: await daemon.get(path) for path in HEALTH_PATHS}
+            paths = {path: await daemon.get(path) for path in HEALTH_ROUTES}
 
             chat.answer, code.answer = says(KNOWN), code.held
             for model in ("chat", "ears"):
@@ -6512,7 +6491,7 @@ async def test_status_of_a_lone_group_does_not_show_groups(story: Story) -> None
     assert "groups" not in story.idle
 
 
-@pytest.mark.parametrize("path", HEALTH_PATHS)
+@pytest.mark.parametrize("path", HEALTH_ROUTES)
 async def test_health_says_what_status_says(story: Story, path: str) -> None:
     health = story.paths[path]
     assert health | {"uptimeSeconds": 0} == story.idle | {"uptimeSeconds": 0}
@@ -7234,9 +7213,12 @@ async def answers_as_jano(port: int) -> None:
             await asyncio.sleep(0.02)
 
 
+ENOUGH = 100 if sys.platform == "linux" else 800  # requests whose lines do not fit into the pipe
+
+
 @dataclass
 class Unread:
-    """A jano whose log goes into a pipe that nobody reads, unless the test does."""
+    """A jano whose log goes into a pipe that nobody reads, unless the test does: it is full."""
 
     daemon: Running
     log: io.FileIO  # the pipe's other end
@@ -7257,6 +7239,8 @@ async def unread(tmp_path: Path, chat: Backend) -> AsyncIterator[Unread]:
         daemon.port, daemon.url = port, f"http://127.0.0.1:{port}"
         try:
             await event(answers_as_jano(port))
+            for _ in range(ENOUGH):
+                assert (await event(daemon.ask("chat")))[0] == 200
             with os.fdopen(log, "rb", buffering=0) as end:
                 yield Unread(daemon, end)
         finally:
@@ -7265,18 +7249,11 @@ async def unread(tmp_path: Path, chat: Backend) -> AsyncIterator[Unread]:
             await process.wait()
 
 
-ENOUGH = 100 if sys.platform == "linux" else 800  # requests whose lines do not fit into the pipe
-
-
 async def test_log_that_nobody_reads_costs_no_request(unread: Unread) -> None:
-    for _ in range(ENOUGH):
-        assert (await event(unread.daemon.ask("chat")))[0] == 200
     await unread.daemon.shows(requestsServedTotal=ENOUGH)
 
 
 async def test_jano_whose_log_nobody_reads_stops_when_it_is_told_to(unread: Unread) -> None:
-    for _ in range(ENOUGH):
-        assert (await event(unread.daemon.ask("chat")))[0] == 200
     unread.daemon.kill(signal.SIGTERM)
     assert await event(unread.daemon.process.wait()) == 0
 
@@ -7284,8 +7261,6 @@ async def test_jano_whose_log_nobody_reads_stops_when_it_is_told_to(unread: Unre
 async def test_lines_that_were_lost_are_counted_as_soon_as_there_is_room(unread: Unread) -> None:
     """With the lines that came through they are no more than there can have been."""
     asked = ENOUGH
-    for _ in range(ENOUGH):
-        assert (await event(unread.daemon.ask("chat")))[0] == 200
     log = b""
     while b"lost" not in log:
         log += unread.log.read() or b""
