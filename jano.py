@@ -1883,7 +1883,7 @@ def load_settings(environ: Mapping[str, str]) -> Settings:
             if quote or not equals:
                 raise ConfigError(f".env: line {index}", f"{name} without =", "KEY=value")
             quoted = re.fullmatch(r"""(["'])((?:(?!\1).)*)\1(\s+#.*)?""", text.strip())
-            dotenv[name] = quoted[2] if quoted else re.sub(r"(^|\s+)#.*", "", text).strip()
+            dotenv[name] = quoted[2] if quoted else re.sub(r"\s+#.*", "", text).strip()
     values: dict[str, Any] = {}
     for each in fields(Settings):
         kind, default, name = each.metadata.values()

@@ -1011,6 +1011,7 @@ SPELLINGS = [  # a line of .env, the value that it gives
     ('MAX_QUEUE="a b" -c "d e"', '"a b" -c "d e"'),
     ("export\tMAX_QUEUE=k", "k"),
     ("MAX_QUEUE=k#1=2 # the key", "k#1=2"),
+    ("MAX_QUEUE=#k # the key", "#k"),
 ]
 
 
