@@ -945,16 +945,15 @@ class Upstream(asyncio.Protocol):
         backend keeps it (RFC 9112, 9.3), and its answer was complete and no error: after an error
         the backend may take the unread rest of a request's body for the next request. llama-server
         closes after each stream and does not say so: after its first stream, a connection is used
-        again only if it has stayed open for KEEP_FOR.
+        again only once it has stayed open for half of KEEP_FOR.
         """
         unfinished = self.failure or self.rest or not self.body.at_eof()
         if self.head is None or self.head.should_close or self.head.code >= 400 or unfinished:
             self.close()
         else:
-            now = self.loop.time()
+            self.deadline = self.loop.time() + KEEP_FOR
             if self.head.chunked and not self.usable_from:
-                self.usable_from = now + KEEP_FOR
-            self.deadline = max(now, self.usable_from) + KEEP_FOR
+                self.usable_from = self.deadline - KEEP_FOR / 2
             self.head = self.waiter = None
             self.idle.append(self)
 

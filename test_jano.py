@@ -3577,7 +3577,7 @@ async def test_answer_without_a_body_says_nothing_of_how_a_stream_ends(peer: Pee
 
     peer.talk = talk
     assert await ask_peer(peer, "X-Empty: 1") == (204, b"")
-    await asyncio.sleep(0.6)  # a connection that stays open for 0.5 s after a stream is trusted
+    await asyncio.sleep(0.3)  # a connection that stays open for 0.25 s after a stream is trusted
     for _ in range(20):
         assert await ask_peer(peer) == (200, b"word")
 
