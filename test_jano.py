@@ -640,6 +640,7 @@ def shared_jano(common_jano: Running, tmp_path: Path) -> Shared:
     ) -> AsyncIterator[Running]:
         assert (swap or swap_script(tmp_path)) == tmp_path / "swap.sh"
         await common_jano.reload(models)
+        assert not common_jano.bugs()  # of the test before, if it was late
         del common_jano.lines[: common_jano.lines.index(common_jano.log("models reloaded")[-1])]
         try:
             yield common_jano
