@@ -619,6 +619,7 @@ async def common_jano(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator
     folder = tmp_path_factory.mktemp("common")
     call = 'exec "$JANO_GROUP/swap.sh" "$@"'
     async with running_jano(folder, [ENTRY], swap_script(folder, call, status=call)) as daemon:
+        await daemon.logged("worker started")  # or a test would take it for its own
         yield daemon
 
 
