@@ -139,7 +139,6 @@ class Schedule:
         # Set -> seconds from "admit no more" to ready; the last one counts half.
         self.cost: dict[str, float] = {}
         self.waiting_since: dict[str, float] = {}  # set that is not loaded -> when its wait began
-        self.forget_at: dict[str, float] = {}  # set that nobody waits for -> when it is forgotten
         self.patient_until: dict[str, float] = {}  # set -> until when another's turn may go on
         self.idle_since: dict[str, float] = {}  # set -> since when nothing of it waits or runs
         self.gaps: dict[str, deque[float]] = {}  # set -> its last two idle times that ended
@@ -149,15 +148,16 @@ class Schedule:
     def arrive(self, ticket: Ticket, now: float) -> None:
         """A ticket comes. One that was granted a turn already, in vain, goes to the front."""
         name = self.set_of[ticket.model]
-        if name in self.idle_since:
-            gap = now - self.idle_since.pop(name)
-            if ticket.granted is None:
-                self.gaps.setdefault(name, deque(maxlen=2)).append(gap)
         queue = self.queues[ticket.tier, ticket.model]
         queue[ticket] = None
         queue.move_to_end(ticket, last=ticket.granted is None)
-        if now > self.forget_at.pop(name, math.inf):
-            del self.waiting_since[name]
+        if name in self.idle_since:
+            left = self.idle_since.pop(name)
+            if ticket.granted is None:
+                self.gaps.setdefault(name, deque(maxlen=2)).append(now - left)
+            waited = left - self.waiting_since.get(name, left)
+            if now > left + min(waited, MEMORY):
+                self.waiting_since.pop(name, None)
         if name != self.loaded:
             self.waiting_since.setdefault(name, now)
 
@@ -166,12 +166,8 @@ class Schedule:
         self.in_flight.discard(ticket)
         self.queues[ticket.tier, ticket.model].pop(ticket, None)
         name = self.set_of[ticket.model]
-        if self.depth(name):
-            return
-        if name in self.waiting_since:
-            lasted = now - self.waiting_since[name]
-            self.forget_at.setdefault(name, now + min(lasted, MEMORY))
-        if name not in [self.set_of[other.model] for other in self.in_flight]:
+        running = [self.set_of[other.model] for other in self.in_flight]
+        if name not in running and not any(self.waiting(name)):
             self.idle_since.setdefault(name, now)
 
     def unload(self, now: float) -> None:
@@ -190,7 +186,6 @@ class Schedule:
         """This set is ready; cost is the time from "admit no more", None if nobody measured."""
         self.loaded, self.loaded_at, self.longest_wait = name, now, 0.0
         self.waiting_since.pop(name, None)
-        self.forget_at.pop(name, None)
         self.draining_since = None
         if cost is not None:
             self.cost[name] = (self.cost.get(name, cost) + cost) / 2
