@@ -55,7 +55,15 @@ import threading
 import time
 import traceback
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from dataclasses import KW_ONLY, dataclass, field, fields
 from hashlib import sha256
 from html import escape
@@ -178,7 +186,7 @@ class Schedule:
         others = [ticket for ticket in self.heads() if self.set_of[ticket.model] != self.loaded]
         made_wait = now - min(map(self.waits_since, others), default=now)
         self.patient_until[self.loaded] = now + PATIENCE * min(made_wait, self.longest_wait)
-        if self.depth(self.loaded):
+        if any(self.waiting(self.loaded)):
             self.waiting_since[self.loaded] = now
         self.loaded = None
 
@@ -189,7 +197,7 @@ class Schedule:
         self.draining_since = None
         if cost is not None:
             self.cost[name] = (self.cost.get(name, cost) + cost) / 2
-        if not self.depth(name):
+        if not any(self.waiting(name)):
             self.idle_since.setdefault(name, now)
 
     def advance(self, now: float) -> list[Ticket]:
@@ -212,17 +220,11 @@ class Schedule:
             self.draining_since = now
         return granted
 
-    def waiting(self, name: str | None = None) -> list[Ticket]:
+    def waiting(self, name: str | None = None) -> Iterator[Ticket]:
         """The tickets that wait: for one set, or all."""
-        tickets = [ticket for queue in self.queues.values() for ticket in queue]
-        return [ticket for ticket in tickets if name in (None, self.set_of[ticket.model])]
-
-    def depth(self, name: str | None = None) -> int:
-        """How many tickets wait: for one set, or all."""
-        items = self.queues.items()
-        return sum(
-            [len(queue) for (_, model), queue in items if name in (None, self.set_of[model])]
-        )
+        for (_, model), queue in self.queues.items():
+            if name in (None, self.set_of[model]):
+                yield from queue
 
     def heads(self) -> list[Ticket]:
         """The oldest ticket of each model that waits in the most urgent tier, oldest first."""
@@ -422,7 +424,7 @@ class Worker:
                     ticket.turn.set_result(None)
         waiting = any(schedule.queues.values())
         deadline = self.deadline
-        in_vain = deadline and waiting and not schedule.depth(self.swapping)
+        in_vain = deadline and waiting and not any(schedule.waiting(self.swapping))
         if in_vain and deadline and not (deadline.expired() or self.swapping in self.abandoned):
             deadline.reschedule(0)  # nobody waits for this swap any more, but others do
             self.deadline = None
@@ -612,9 +614,9 @@ class Worker:
             raise ApiError(503, f"unload failed: {error}", "unload_failed", NO_RETRY) from None
         return previous
 
-    def fail(self, tickets: list[Ticket], error: Callable[[], ApiError]) -> None:
+    def fail(self, tickets: Iterable[Ticket], error: Callable[[], ApiError]) -> None:
         """No turn will come here for these tickets, which wait."""
-        for ticket in tickets:
+        for ticket in [*tickets]:
             self.schedule.leave(ticket, clock())
             if ticket.turn and not ticket.turn.done():
                 ticket.turn.set_exception(error())
@@ -1489,7 +1491,7 @@ class Jano:
 
     def refuse_if_full(self, size: int = 0) -> None:
         """Raises ApiError if there is no room for one more that waits, with a body of this size."""
-        waiting = sum(worker.schedule.depth() for worker in self.workers.values())
+        waiting = sum(len([*worker.schedule.waiting()]) for worker in self.workers.values())
         full = self.held_bytes and self.held_bytes + size > MAX_HELD
         if full or waiting >= self.settings.max_queue:
             text = f"{waiting} requests wait, with {self.held_bytes >> 20} MB"
@@ -2190,7 +2192,7 @@ def group_status(jano: Jano, group: str) -> dict[str, Any]:
         "currentModelLoadedAt": jano.telemetry.loaded_at.get(loaded or ""),
         "loadedModels": [model.name for model in worker.members(loaded)],
         "swapping": worker.swapping,
-        "queueDepth": worker.schedule.depth(),
+        "queueDepth": len([*worker.schedule.waiting()]),
         "inFlight": len(worker.schedule.in_flight),
     }
 

@@ -184,7 +184,7 @@ class Run:
         seconds = self.work.load[model] * self.work.vary(self.load_rng)
         self.swaps.append(self.now)
         self.loads.append(seconds)
-        if self.schedule.loaded and self.schedule.depth(self.schedule.loaded):
+        if self.schedule.loaded and any(self.schedule.waiting(self.schedule.loaded)):
             self.forced_time += seconds
         self.schedule.unload(self.now)
         self.cached.clear()
@@ -198,7 +198,7 @@ class Run:
         self.longest_trip = max(self.longest_trip, sum(sorted(self.schedule.cost.values())[-2:]))
 
     def note_model_wait(self, model: str) -> None:
-        if self.schedule.depth(model):
+        if any(self.schedule.waiting(model)):
             since = self.schedule.waiting_since[model]
             patience = self.schedule.patient_until.get(model, since) - since
             self.model_waits.append((self.now - since, patience))
