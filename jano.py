@@ -87,9 +87,8 @@ __version__ = "2.0.0"
 # -------------------------------------------------------------------------------- policy ----
 
 PRIORITY, DEFAULT, FLEX = range(3)  # tiers, by the request's service_tier; the lowest goes first
-
 MEMORY = 60.0  # seconds, at most, for which a set keeps its place when nobody waits for it
-ANTICIPATION = 0.5  # seconds, at most, that an idle set stays without LINGER_MS (`idle_ends`)
+ANTICIPATION = 0.5  # seconds, at most, that an idle set stays without LINGER_MS
 PATIENCE = 8.0  # a set's patience, as a multiple of the waits in its last turn (see `unload`)
 
 
@@ -122,14 +121,10 @@ class Decision(NamedTuple):
     until: float | None = None
 
 
-NOTHING = Decision()
-
-
 class Schedule:
     """What the policy looks at, for one group of models. No I/O; the clock is passed in.
 
-    A set is what is loaded, waits and takes turns; a model without a set is one by itself.
-    Queues and slots belong to models. All times are seconds.
+    Sets are loaded, wait and take turns; a model without one is its own. Queues are of models.
     """
 
     def __init__(self, turn: float, linger: float) -> None:
@@ -138,19 +133,17 @@ class Schedule:
         self.slots: dict[str, int] = {}  # model -> how many of its tickets may be in flight
         self.set_of: dict[str, str] = {}  # model -> its set, or else its own name
         # Tier and model -> its tickets, oldest first: an ordered set, which any can leave quickly.
-        self.queues: defaultdict[tuple[int, str], OrderedDict[Ticket, None]]
-        self.queues = defaultdict(OrderedDict)
+        self.queues: dict[tuple[int, str], OrderedDict[Ticket, None]] = defaultdict(OrderedDict)
         self.in_flight: set[Ticket] = set()
         self.loaded: str | None = None  # the set that owns the memory
         self.loaded_at = 0.0
         self.longest_wait = 0.0  # since loaded_at, of a ticket of the loaded set
-        # Set -> seconds from "admit no more" to ready; the last one counts half.
-        self.cost: dict[str, float] = {}
+        self.cost: dict[str, float] = {}  # set -> seconds from "admit no more" to ready
         self.waiting_since: dict[str, float] = {}  # set that is not loaded -> when its wait began
         self.patient_until: dict[str, float] = {}  # set -> until when another's turn may go on
         self.idle_since: dict[str, float] = {}  # set -> since when nothing of it waits or runs
         self.gaps: dict[str, deque[float]] = {}  # set -> its last two idle times that ended
-        self.decision = NOTHING  # what remains to be done
+        self.decision = Decision()  # what remains to be done
         self.draining_since: float | None = None  # when admission stopped, for the swap that is due
 
     def arrive(self, ticket: Ticket, now: float) -> None:
@@ -195,7 +188,7 @@ class Schedule:
         self.loaded, self.loaded_at, self.longest_wait = name, now, 0.0
         self.waiting_since.pop(name, None)
         self.draining_since = None
-        if cost is not None:
+        if cost is not None:  # the last one counts half
             self.cost[name] = (self.cost.get(name, cost) + cost) / 2
         if not any(self.waiting(name)):
             self.idle_since.setdefault(name, now)
@@ -203,7 +196,7 @@ class Schedule:
     def advance(self, now: float) -> list[Ticket]:
         """Grant every turn that there is now; `decision` is what remains to be done."""
         granted = []
-        self.decision = NOTHING
+        self.decision = Decision()
         while any(self.queues.values()):
             self.decision = decide(self, now)
             ticket = self.decision.serve
@@ -237,79 +230,62 @@ class Schedule:
         return self.waiting_since.get(self.set_of[ticket.model], ticket.arrived)
 
     def patience(self, ticket: Ticket) -> float:
-        """Seconds for which its set lets another's turn go on, if that exceeds MAX_TURN_MS."""
-        since = self.waits_since(ticket)
-        return self.patient_until.get(self.set_of[ticket.model], since) - since
-
-    def trip(self, ticket: Ticket) -> float:
-        """Seconds of a swap to its set and one back."""
-        names = (self.loaded or "", self.set_of[ticket.model])
-        return sum(self.cost.get(name, 0.0) for name in names)
+        """Seconds for which its set lets another's turn go on, if they exceed MAX_TURN_MS."""
+        return self.patient_until.get(self.set_of[ticket.model], 0.0) - self.waits_since(ticket)
 
 
 def decide(schedule: Schedule, now: float) -> Decision:
     """What to do now: serve the loaded set until its turn ends, then swap. It changes nothing."""
-    loaded, queue, slots = schedule.loaded, schedule.heads(), schedule.slots
-    favoured = [ticket for ticket in queue if schedule.set_of[ticket.model] == loaded]
-    others = [ticket for ticket in queue if schedule.set_of[ticket.model] != loaded]
+    queue, slots = schedule.heads(), schedule.slots
+    favoured = [head for head in queue if schedule.set_of[head.model] == schedule.loaded]
+    others = [head for head in queue if schedule.set_of[head.model] != schedule.loaded]
     running = [ticket.model for ticket in schedule.in_flight]
     ready = [head.model for head in favoured if running.count(head.model) < slots[head.model]]
     first = take_next(queue, ready)
-    serve = first if ready else None
+    serve = Decision(first if ready else None)
     if first is None or not others:
-        return Decision(serve)
+        return serve
     if not schedule.turn:  # plain greed: no swap while the loaded set has tickets
-        return Decision(serve) if favoured else Decision(swap_to=schedule.set_of[first.model])
-
-    # Next is the set that has waited longest, not that of the oldest ticket: its wait begins anew
-    # when it is unloaded. Else a set with a long queue would come back each time.
-    head = min(others, key=schedule.waits_since)
-    swap = Decision(swap_to=schedule.set_of[head.model])
-    if loaded is None or now >= turn_ends(schedule, favoured, others, head):
-        return swap
-    if favoured:
-        return Decision(serve)
-    if head.tier == PRIORITY:
-        return swap
-    if schedule.in_flight:
-        return NOTHING
-    until = idle_ends(schedule, loaded, head)
-    return Decision(until=until) if now < until else swap
+        return serve if favoured else Decision(swap_to=schedule.set_of[first.model])
+    return serve_or_swap(schedule, favoured, others, serve, now)
 
 
-def turn_ends(
-    schedule: Schedule, favoured: list[Ticket], others: list[Ticket], head: Ticket
-) -> float:
-    """When the turn of what is loaded is over; head is the oldest ticket of the set that is next.
+def serve_or_swap(
+    schedule: Schedule, favoured: list[Ticket], others: list[Ticket], serve: Decision, now: float
+) -> Decision:
+    """What to do while other sets wait. Next is the one that has waited longest.
 
     The clock runs only while another set waits. A turn lasts MAX_TURN_MS and two round trips, or
     slow loads would take most of the time. With long queues even that means too many swaps: so
     tickets that arrived before the turn's end are served after it, too, until the patience of the
     least patient waiting set is used up.
+
+    What is idle stays for ANTICIPATION, or a twentieth of a round trip if that is less: a program
+    may send a small request to another model just before its main one. If one of the last two
+    pauses was at most LINGER_MS, the client will probably be back: then it stays for LINGER_MS, but
+    next waits no longer than the round trip that leaving would cost.
     """
+    # A wait begins anew when a set is unloaded; else one with a long queue would always be next.
+    head = min(others, key=schedule.waits_since)
+    name, loaded = schedule.set_of[head.model], schedule.loaded
+    swap = Decision(swap_to=name)
+    if loaded is None:
+        return swap
     contested_since = max(schedule.loaded_at, schedule.waits_since(head))
-    begins = contested_since + 2 * schedule.trip(head)  # MAX_TURN_MS counts from here
-    if favoured and favoured[0].arrived < begins + schedule.turn:
-        patience = min(schedule.patience(ticket) for ticket in others)
-        return begins + max(schedule.turn, patience)
-    return begins + schedule.turn
-
-
-def idle_ends(schedule: Schedule, loaded: str, head: Ticket) -> float:
-    """Until when what is loaded may stay, idle, while head waits.
-
-    A program may send a small request to another model just before its main one to this model: so a
-    new head waits for ANTICIPATION, or a twentieth of a round trip if that is less. If one of the
-    last two pauses of this set was at most LINGER_MS, its client will probably be back: it stays
-    idle for LINGER_MS, but makes head wait no longer than the round trip that leaving would cost.
-    """
-    trip = schedule.trip(head)
+    trip = schedule.cost.get(loaded, 0.0) + schedule.cost.get(name, 0.0)  # there and back
+    begins = contested_since + 2 * trip  # MAX_TURN_MS counts from here
+    ends = begins + schedule.turn
+    if favoured and favoured[0].arrived < ends:
+        ends = begins + max(schedule.turn, min(map(schedule.patience, others)))
+    if now >= ends or (head.tier == PRIORITY and not favoured):
+        return swap
+    if favoured or schedule.in_flight:
+        return serve
     until = head.arrived + min(ANTICIPATION, trip / 20)
-    if min(schedule.gaps.get(loaded, ()), default=math.inf) > schedule.linger:
-        return until
-    contested_since = max(schedule.loaded_at, schedule.waits_since(head))
-    lingering = schedule.idle_since.get(loaded, 0.0) + schedule.linger
-    return max(until, min(lingering, contested_since + trip))
+    if min(schedule.gaps.get(loaded, ()), default=math.inf) <= schedule.linger:
+        lingering = schedule.idle_since.get(loaded, 0.0) + schedule.linger
+        until = max(until, min(lingering, contested_since + trip))
+    return Decision(until=until) if now < until else swap
 
 
 # ---------------------------------------------------------------------------------- worker ----
