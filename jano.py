@@ -379,8 +379,8 @@ class Worker:
             self.advance()
             await ticket.turn
             yield
-        except BackendError as error:
-            self.backend_failed(ticket.model, error)
+        except BackendError:
+            self.backend_failed(ticket.model)
             raise
         finally:
             self.schedule.leave(ticket, clock())
@@ -423,26 +423,25 @@ class Worker:
         """Find out what is loaded; then do what is due, for ever."""
         async with self.lock:
             await self.detect()
-        self.advance()
-        probe_timeout = min(PROBE_TIMEOUT, self.settings.request_timeout)
         while True:
+            self.advance()
             await self.due.wait()
             self.due.clear()
             async with self.lock:
-                swap_to = self.schedule.decision.swap_to
+                name, swap_to = self.schedule.loaded, self.schedule.decision.swap_to
                 if "check" in self.holds:
-                    fault = await first_fault(self.members(self.schedule.loaded), probe_timeout)
-                    if fault is not None:
-                        self.backend_gone(fault)
-                    self.holds.discard("check")  # turns are granted again
-                elif self.schedule.in_flight:
-                    pass  # turns were granted while we waited for the lock; their end sets due
-                elif swap_to is not None:
+                    timeout = min(PROBE_TIMEOUT, self.settings.request_timeout)
+                    fault = await first_fault(self.members(name), timeout)
+                    if name is not None and fault is not None:
+                        self.schedule.unload(clock())
+                        self.restart.add(name)
+                        log("warn", "backend is gone", model=name, err=fault)
+                    self.holds.discard("check")
+                elif swap_to is not None and not self.schedule.in_flight:
                     await self.swap(swap_to)
                 elif clock() >= self.unload_at:
                     with contextlib.suppress(ApiError):  # it is in the log
                         await self.free_memory()
-            self.advance()
 
     async def detect(self) -> None:
         """Take as loaded the first set whose models are all likely to run, and all healthy.
@@ -472,26 +471,11 @@ class Worker:
                 break
         log("info", "worker started", group=self.group, loaded=self.schedule.loaded)
 
-    def backend_failed(self, model: str, error: BackendError | None = None) -> None:
-        """A request failed, or was answered 5xx (error is None).
-
-        If the backend could not be reached, it is gone. Else no turn is granted until its health
-        was asked.
-        """
+    def backend_failed(self, model: str) -> None:
+        """A request failed, or was answered 5xx: no turn is granted until its health was asked."""
         if self.schedule.set_of[model] == self.schedule.loaded:
-            if error and not error.sent:
-                self.backend_gone(str(error))
-            else:
-                self.holds.add("check")
-                self.due.set()
-
-    def backend_gone(self, fault: str) -> None:
-        """What we took for loaded does not answer: forget it, and let the next swap restart it."""
-        name = self.schedule.loaded
-        if name is not None:
-            self.schedule.unload(clock())
-            self.restart.add(name)
-            log("warn", "backend is gone", model=name, err=fault)
+            self.holds.add("check")
+            self.due.set()
 
     async def swap(self, name: str) -> None:
         """Load this set; if that fails, the tickets that wait for it fail, too."""
