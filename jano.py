@@ -299,10 +299,6 @@ class SwapFailed(Exception):
         self.details = details
 
 
-class SwapAbandoned(Exception):
-    """Nobody waits for this swap any more, while others wait."""
-
-
 class Worker:
     """One group's owner: it grants the turns, and it alone changes what is loaded.
 
@@ -328,7 +324,7 @@ class Worker:
         self.naive_loaded: str | None = None  # what a proxy without a queue would have loaded now
         self.naive_swaps = 0  # and how often it would have swapped
         self.stage = ("", "")  # what to report if the deadline passes now, and its detail
-        self.deadline: asyncio.Timeout | None = None  # of the swap, unless it is abandoned or over
+        self.deadline: asyncio.Timeout | None = None  # of the swap, if it may be abandoned
         self.abandoned: set[str] = set()  # sets whose last swap was abandoned; the next goes on
         self.restart: set[str] = set()  # sets to load with JANO_RESTART=1
         self.failures: dict[str, tuple[int, float]] = {}  # set -> failures in a row, when the last
@@ -399,11 +395,9 @@ class Worker:
                 if ticket.turn and not ticket.turn.done():  # done: its client has just left
                     ticket.turn.set_result(None)
         waiting = any(schedule.queues.values())
-        deadline = self.deadline
-        in_vain = deadline and waiting and not any(schedule.waiting(self.swapping))
-        if in_vain and deadline and not (deadline.expired() or self.swapping in self.abandoned):
-            deadline.reschedule(0)  # nobody waits for this swap any more, but others do
-            self.deadline = None
+        in_vain = self.swapping and waiting and not any(schedule.waiting(self.swapping))
+        if in_vain and self.deadline and not self.deadline.expired():
+            self.deadline.reschedule(0)  # nobody waits for this swap any more, but others do
         idle = not schedule.in_flight and not waiting
         self.unload_at = math.inf
         if self.settings.idle_unload and schedule.loaded and idle:
@@ -486,63 +480,54 @@ class Worker:
         self.swapping, self.swap_began = name, clock()
         self.jano.telemetry.note_health(self.members(previous), "unknown")
         log("info", "swap requested", model=name, previous=previous)
+        failure = None
         try:
             await self.bring_up(name, previous)
-        except SwapAbandoned:
-            # Its next swap goes on, or clients with short time-outs would stop all swaps for ever.
-            self.abandoned.add(name)
-            took = round(1000 * (clock() - self.swap_began))
-            log("info", "swap abandoned: nobody waits for it", model=name, ms=took)
-        except SwapFailed as failure:
-            self.swap_failed(name, previous, failure)
-        else:
-            seconds = clock() - self.swap_began
-            self.abandoned.discard(name)
+        except SwapFailed as error:
+            failure = error
+        finally:
+            self.swapping = self.deadline = None
+        seconds = clock() - self.swap_began
+        for ticket in self.schedule.waiting():
+            ticket.swapping += clock() - max(self.swap_began, ticket.arrived)
+        facts = {"model": name, "ms": round(1000 * seconds)}
+        if name in self.abandoned:
+            log("info", "swap abandoned: nobody waits for it", **facts)
+            return
+        self.jano.telemetry.swapped(self, previous, name, seconds, ok=failure is None)
+        if failure is None:
             self.failures.pop(name, None)
             self.restart.discard(name)
             self.schedule.load(name, clock(), clock() - draining_since)
-            self.jano.telemetry.swapped(self, previous, name, seconds, ok=True)
-            log("info", "swap ready", model=name, ms=round(1000 * seconds))
-        finally:
-            self.swapping = None
-            for ticket in self.schedule.waiting():
-                ticket.swapping += clock() - max(self.swap_began, ticket.arrived)
-
-    async def bring_up(self, name: str, previous: str | None) -> None:
-        """Script and readiness, under one deadline. Raises SwapFailed or SwapAbandoned."""
-        timeout = self.settings.swap_wait_timeout
-        failure: Exception
-        with Script(self, name, previous) as script:
-            try:
-                async with asyncio.timeout(timeout) as self.deadline:
-                    return await wait_until_ready(self, name, script)
-            except (SwapFailed, SwapAbandoned) as error:
-                failure = error
-            except TimeoutError:
-                stage, detail = self.stage
-                text = f"{stage} after {timeout:g} s{detail}"
-                failure = SwapFailed(text, stderr=script.last_line())
-                if self.deadline is None:
-                    failure = SwapAbandoned()
-            finally:
-                self.deadline = None
-            await script.stop()  # not if jano stops: then it goes on alone
-            raise failure
-
-    def swap_failed(self, name: str, previous: str | None, failure: SwapFailed) -> None:
-        """Count and log it, and fail who waits for it."""
-        seconds = clock() - self.swap_began
-        self.abandoned.discard(name)
-        self.jano.telemetry.swapped(self, previous, name, seconds, ok=False)
+            log("info", "swap ready", **facts)
+            return
         fails = self.failures.get(name, (0, 0.0))[0] + 1
         self.failures[name] = (fails, clock())
         if fails > 1:  # after one failure a slow load may still go on; after two, it hangs
             self.restart.add(name)
-        facts = {"model": name, "ms": round(1000 * seconds), "fails": fails, "err": str(failure)}
-        log("error", "swap failed", **facts, **failure.details)
+        log("error", "swap failed", **facts, fails=fails, err=str(failure), **failure.details)
         text = f'swap to "{name}" failed: {failure}'
-        error = functools.partial(ApiError, 503, text, "swap_failed", NO_RETRY)
-        self.fail(self.schedule.waiting(name), error)
+        refusal = functools.partial(ApiError, 503, text, "swap_failed", NO_RETRY)
+        self.fail(self.schedule.waiting(name), refusal)
+
+    async def bring_up(self, name: str, previous: str | None) -> None:
+        """Script and readiness, under one deadline. Raises SwapFailed."""
+        goes_on = name in self.abandoned  # or clients with short time-outs would stop all swaps
+        self.abandoned.discard(name)
+        timeout = self.settings.swap_wait_timeout
+        with Script(self, name, previous) as script:
+            try:
+                async with asyncio.timeout(timeout) as deadline:
+                    self.deadline = None if goes_on else deadline
+                    await wait_until_ready(self, name, script)
+            except TimeoutError:
+                if deadline.when() == 0:  # by `advance`
+                    self.abandoned.add(name)
+                stage, detail = self.stage
+                text = f"{stage} after {timeout:g} s{detail}"
+                failure = SwapFailed(text, stderr=script.last_line())
+                await script.stop()  # not if jano stops: then it goes on alone
+                raise failure from None
 
     async def unload(self) -> str | None:
         """Drain, then free the memory. Returns the name of what was loaded."""
@@ -603,12 +588,12 @@ STATUS_INTERVAL = 2.0  # seconds between two looks whether a loading server live
 
 
 async def wait_until_ready(worker: Worker, name: str, script: Script) -> None:
-    """Wait for the script, then for the whole set. Raises SwapFailed or SwapAbandoned."""
+    """Wait for the script, then for the whole set. Raises SwapFailed."""
     worker.stage = ("the script runs on", "")
     await script.succeed()
     members = worker.members(name)
     if not members:  # a reload has renamed the set, so nobody waits for it
-        raise SwapAbandoned
+        return
     worker.stage = ("the backend is not ready", f" (GET {members[0].health}: no answer)")
     began = clock()
     death = asyncio.create_task(first_death(worker, members, script))
