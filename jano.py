@@ -421,6 +421,9 @@ class Worker:
             self.advance()
             await self.due.wait()
             self.due.clear()
+            if clock() >= self.unload_at:
+                with contextlib.suppress(ApiError):  # it is in the log
+                    await self.unload()
             async with self.lock:
                 name, swap_to = self.schedule.loaded, self.schedule.decision.swap_to
                 if "check" in self.holds:
@@ -433,9 +436,6 @@ class Worker:
                     self.holds.discard("check")
                 elif swap_to is not None and not self.schedule.in_flight:
                     await self.swap(swap_to)
-                elif clock() >= self.unload_at:
-                    with contextlib.suppress(ApiError):  # it is in the log
-                        await self.free_memory()
 
     async def detect(self) -> None:
         """Take as loaded the first set whose models are all likely to run, and all healthy.
@@ -530,7 +530,7 @@ class Worker:
                 raise failure from None
 
     async def unload(self) -> str | None:
-        """Drain, then free the memory. Returns the name of what was loaded."""
+        """Drain, then run SWAP_COMMAND unload. Returns what was loaded. Raises ApiError."""
         async with self.lock:
             if self.refusal:  # jano stops, and the script of a swap may still run
                 raise self.refusal()
@@ -539,25 +539,20 @@ class Worker:
             try:
                 self.advance()
                 await self.drained.wait()
-                return await self.free_memory()
+                previous = self.schedule.loaded
+                self.schedule.unload(clock())
+                self.naive_loaded = None  # any other proxy has to load anew, too
+                self.jano.telemetry.note_health(self.members(previous), "unknown")
+                log("info", "unload requested", model=previous)
+                with Script(self, "unload", previous) as script:
+                    await script.succeed(min(30.0, self.settings.swap_wait_timeout))
+                return previous
+            except SwapFailed as error:
+                log("warn", "unload failed", group=self.group, err=str(error), **error.details)
+                raise ApiError(503, f"unload failed: {error}", "unload_failed", NO_RETRY) from None
             finally:
                 self.holds.discard("unload")
                 self.advance()
-
-    async def free_memory(self) -> str | None:
-        """Run SWAP_COMMAND unload. Nothing is in flight; whoever comes now waits for it."""
-        previous = self.schedule.loaded
-        self.schedule.unload(clock())
-        self.naive_loaded = None  # any other proxy has to load anew, too
-        self.jano.telemetry.note_health(self.members(previous), "unknown")
-        log("info", "unload requested", model=previous)
-        try:
-            with Script(self, "unload", previous) as script:
-                await script.succeed(min(30.0, self.settings.swap_wait_timeout))
-        except SwapFailed as error:
-            log("warn", "unload failed", group=self.group, err=str(error), **error.details)
-            raise ApiError(503, f"unload failed: {error}", "unload_failed", NO_RETRY) from None
-        return previous
 
     def fail(self, tickets: Iterable[Ticket], error: Callable[[], ApiError]) -> None:
         """No turn will come here for these tickets, which wait."""
