@@ -143,7 +143,7 @@ class Schedule:
         self.patient_until: dict[str, float] = {}  # set -> until when another's turn may go on
         self.idle_since: dict[str, float] = {}  # set -> since when nothing of it waits or runs
         self.gaps: dict[str, deque[float]] = {}  # set -> its last two idle times that ended
-        self.decision = Decision()  # what remains to be done
+        self.decision = self.nothing = Decision()  # what remains to be done
         self.draining_since: float | None = None  # when admission stopped, for the swap that is due
 
     def arrive(self, ticket: Ticket, now: float) -> None:
@@ -196,7 +196,7 @@ class Schedule:
     def advance(self, now: float) -> list[Ticket]:
         """Grant every turn that there is now; `decision` is what remains to be done."""
         granted = []
-        self.decision = Decision()
+        self.decision = self.nothing
         while any(self.queues.values()):
             self.decision = decide(self, now)
             ticket = self.decision.serve
@@ -303,8 +303,7 @@ class Worker:
     """One group's owner: it grants the turns, and it alone changes what is loaded.
 
     Every event calls `advance`, which grants at once what can be granted. `run` does what takes
-    time (a swap, a health check, an unload of what is idle) when `due` is set. `run` and `unload`
-    hold the lock while they work: two runs of SWAP_COMMAND at once would fight for the memory.
+    time. It and `unload` hold the lock: two runs of SWAP_COMMAND would fight for the memory.
     """
 
     def __init__(self, group: str, jano: Jano) -> None:
@@ -314,7 +313,7 @@ class Worker:
         self.schedule = Schedule(self.settings.max_turn, self.settings.linger)
         self.models: dict[str, Model] = {}  # one gone from the file stays, for its tickets
         self.lock = asyncio.Lock()
-        self.due = asyncio.Event()  # there is something for `run` to do
+        self.due = asyncio.Event()  # `run` has a swap, a health check or an unload to do
         self.drained = asyncio.Event()  # when nothing is in flight; `unload` clears it
         self.holds: set[str] = set()  # why no turn is granted now: "check", "unload"
         self.timer: asyncio.TimerHandle | None = None  # of the next `advance`
@@ -339,33 +338,24 @@ class Worker:
         self.schedule.set_of[model.name] = model.set or model.name
 
     def members(self, name: str | None) -> list[Model]:
-        """The models of a set; a model without a set is its own.
-
-        Those that are gone from the file count only if no other is left: they must hold up nobody.
-        """
-        models = self.models.values()
-        members = [model for model in models if self.schedule.set_of[model.name] == name]
-        known = [model for model in members if self.jano.models.get(model.name) is model]
+        """A set's models; those gone from the file, which must hold up nobody, if none is left."""
+        members = [each for each in self.models.values() if (each.set or each.name) == name]
+        known = [each for each in members if self.jano.models.get(each.name) is each]
         return known or members
 
     @contextlib.asynccontextmanager
     async def turn(self, ticket: Ticket) -> AsyncIterator[None]:
-        """Queued, then granted; given back on the way out, however it ends.
-
-        Raises ApiError if the worker is closed, or the ticket's set failed to load (too often).
-        """
+        """Queued, then granted; given back on the way out, however it ends. Raises ApiError."""
         if self.refusal:
             raise self.refusal()
         name = self.schedule.set_of[ticket.model]
         fails, last = self.failures.get(name, (0, 0.0))
-        if fails >= self.settings.swap_failure_limit:
-            seconds = math.ceil(last + self.settings.swap_failure_reset - clock())
-            if seconds > 0:
-                facts = {"id": ticket.id, "model": name, "fails": fails, "retry_in_s": seconds}
-                log("warn", "failing fast: backend marked bad", **facts)
-                text = f'"{name}" failed to load {fails} times in a row; next try in {seconds} s'
-                raise ApiError(503, text, "backend_unavailable", NO_RETRY)
-            del self.failures[name]
+        seconds = math.ceil(last + self.settings.swap_failure_reset - clock()) if fails else 0
+        if fails >= self.settings.swap_failure_limit and seconds > 0:
+            facts = {"id": ticket.id, "model": name, "fails": fails, "retry_in_s": seconds}
+            log("warn", "failing fast: backend marked bad", **facts)
+            text = f'"{name}" failed to load {fails} times in a row; next try in {seconds} s'
+            raise ApiError(503, text, "backend_unavailable", NO_RETRY)
         if ticket.granted is None:
             self.naive_swaps += name != self.naive_loaded
             self.naive_loaded = name
@@ -383,14 +373,9 @@ class Worker:
             self.advance()
 
     def advance(self) -> None:
-        """After any change: grant the turns that there are now, and note what is left to do.
-
-        While a check or an unload holds the turns back, the schedule's decision is stale. That does
-        no harm: when the hold ends, this renews the decision before `run` reads it under the lock.
-        """
-        now = clock()
-        schedule = self.schedule
-        if not self.holds:
+        """After any change: grant the turns that there are now, and note what is left to do."""
+        now, schedule = clock(), self.schedule
+        if not self.holds:  # else the decision is stale, and renewed before `run` acts on it
             for ticket in schedule.advance(now):
                 if ticket.turn and not ticket.turn.done():  # done: its client has just left
                     ticket.turn.set_result(None)
@@ -398,10 +383,9 @@ class Worker:
         in_vain = self.swapping and waiting and not any(schedule.waiting(self.swapping))
         if in_vain and self.deadline and not self.deadline.expired():
             self.deadline.reschedule(0)  # nobody waits for this swap any more, but others do
-        idle = not schedule.in_flight and not waiting
         self.unload_at = math.inf
-        if self.settings.idle_unload and schedule.loaded and idle:
-            since = schedule.idle_since.get(schedule.loaded, schedule.loaded_at)
+        if self.settings.idle_unload and schedule.loaded and not (schedule.in_flight or waiting):
+            since = schedule.idle_since.get(schedule.loaded, 0.0)
             self.unload_at = max(since, schedule.loaded_at) + self.settings.idle_unload
         if not schedule.in_flight:
             self.drained.set()
@@ -440,16 +424,14 @@ class Worker:
     async def detect(self) -> None:
         """Take as loaded the first set whose models are all likely to run, and all healthy.
 
-        Those that `status` names are likely. If it fails, those with an address of their own are:
-        where two share one, health does not say which answers. A request awaits what still loads.
+        Likely are those that `status` names; if it fails, those whose address no other model has.
         """
         urls = Counter(model.url for model in self.models.values())
         likely = [model.name for model in self.models.values() if urls[model.url] == 1]
         try:
             with Script(self, "status") as status:
                 await status.succeed(STATUS_TIMEOUT)
-                named = status.names(list(self.models.values()), "loaded")
-                likely = [model.name for model in named]
+                likely = [each.name for each in status.names([*self.models.values()], "loaded")]
         except SwapFailed as error:
             log("info", "status failed", group=self.group, err=str(error), **error.details)
         for name in dict.fromkeys(self.schedule.set_of.values()):
@@ -460,8 +442,8 @@ class Worker:
                 self.jano.telemetry.loaded_at[name] = utc(time.time())
                 self.jano.telemetry.note_health(members, "up")
                 # A proxy without a queue would have found it, too, and swapped once at most.
-                self.naive_swaps = int(self.naive_loaded not in (None, name))
                 self.naive_loaded = self.naive_loaded or name
+                self.naive_swaps = int(self.naive_loaded != name)
                 break
         log("info", "worker started", group=self.group, loaded=self.schedule.loaded)
 
@@ -501,8 +483,8 @@ class Worker:
             self.schedule.load(name, clock(), clock() - draining_since)
             log("info", "swap ready", **facts)
             return
-        fails = self.failures.get(name, (0, 0.0))[0] + 1
-        self.failures[name] = (fails, clock())
+        fails = self.failures.get(name, (0, 0.0))[0] % self.settings.swap_failure_limit + 1
+        self.failures[name] = (fails, clock())  # from 1 again, once it was marked bad
         if fails > 1:  # after one failure a slow load may still go on; after two, it hangs
             self.restart.add(name)
         log("error", "swap failed", **facts, fails=fails, err=str(failure), **failure.details)
