@@ -338,7 +338,7 @@ class Worker:
         self.schedule.set_of[model.name] = model.set or model.name
 
     def members(self, name: str | None) -> list[Model]:
-        """A set's models; those gone from the file, which must hold up nobody, if none is left."""
+        """A set's models: those in the file, as one that has left it holds up nobody; else all."""
         members = [each for each in self.models.values() if (each.set or each.name) == name]
         known = [each for each in members if self.jano.models.get(each.name) is each]
         return known or members
