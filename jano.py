@@ -55,15 +55,7 @@ import threading
 import time
 import traceback
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import (
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Collection,
-    Iterable,
-    Iterator,
-    Mapping,
-)
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields
 from hashlib import sha256
 from html import escape
@@ -536,7 +528,7 @@ class Worker:
                 self.holds.discard("unload")
                 self.advance()
 
-    def fail(self, tickets: Iterable[Ticket], error: Callable[[], ApiError]) -> None:
+    def fail(self, tickets: Iterator[Ticket], error: Callable[[], ApiError]) -> None:
         """No turn will come here for these tickets, which wait."""
         for ticket in [*tickets]:
             self.schedule.leave(ticket, clock())
@@ -1206,8 +1198,8 @@ class Jano:
         for worker in self.workers.values():
             worker.failures.clear()
             elsewhere = {model.name for model in models if model.group != worker.group}
-            moved = [each for each in worker.schedule.waiting() if each.model in elsewhere]
-            worker.fail(moved, MOVED)
+            waiting = worker.schedule.waiting()
+            worker.fail((ticket for ticket in waiting if ticket.model in elsewhere), MOVED)
             worker.advance()
 
     def state_of(self, model: Model) -> str:

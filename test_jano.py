@@ -2017,7 +2017,7 @@ async def test_set_may_get_another_name_while_it_loads(
         await daemon.logged("client disconnected")
         await daemon.reload([entry(chat), entry(code, set="pair")])
         (tmp_path / "go").touch()
-        await daemon.logged("swap abandoned: nobody waits for it")
+        await daemon.logged("swap ready")
         assert (await daemon.ask("code"))[0] == 200
         assert (await daemon.ask("chat"))[0] == 200
     assert calls(tmp_path) == ["code", "pair", "chat"]
