@@ -1662,9 +1662,13 @@ def fitting(pattern: str, value: Any) -> Any:
 
 
 def number(least: int, most: int = 10**9, unit: float = 1, json_type: type = str) -> Kind:
-    """A whole number, which is multiplied by unit."""
-    expected = f"a whole number from {least} to {most}"
-    return Kind(expected, lambda n: int(n) * unit if least <= int(n) <= most else None, json_type)
+    """A whole number, in plain digits, which is multiplied by unit."""
+
+    def convert(value: Any) -> float | None:
+        digits = re.fullmatch("[0-9]{1,10}", str(value))
+        return int(value) * unit if digits and least <= int(value) <= most else None
+
+    return Kind(f"a whole number from {least} to {most}", convert, json_type)
 
 
 def each_of(text: str, convert: Callable[[str], str]) -> list[str] | None:

@@ -916,6 +916,8 @@ def test_backend_that_is_jano_itself_is_a_line(check: Check, host: str, url: str
         ("MAX_TURN_MS", "-1"),
         ("LINGER_MS", "1.5"),
         ("MAX_QUEUE", "0"),
+        ("MAX_QUEUE", "1_000"),
+        ("MAX_QUEUE", "+5"),
         ("MAX_BODY_MB", "9" * 70),
         ("HEARTBEAT_MS", "soon"),
         ("SWAP_FAILURE_LIMIT", "0"),
