@@ -1266,15 +1266,17 @@ class Jano:
 
     def key_headers(self, request: web.BaseRequest) -> set[bytes]:
         """The headers that show JANO_API_KEY, in lower case. They are for jano alone."""
-        scheme, _, key = request.headers.get("Authorization", "").partition(" ")
-        if scheme.lower() == "basic":  # with any user name (RFC 7617)
+        keys = {name: request.headers.get(name, "") for name in ("x-api-key", "api-key")}
+        scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
+        if scheme.lower() == "bearer":
+            keys["authorization"] = credentials.strip()
+        elif scheme.lower() == "basic":  # with any user name (RFC 7617)
             with contextlib.suppress(ValueError):
-                key = base64.b64decode(key).decode().partition(":")[2]
-        values = {"authorization": key.strip() if scheme.lower() in ("basic", "bearer") else ""}
-        values |= {name: request.headers.get(name, "") for name in ("x-api-key", "api-key")}
+                user_and_key = base64.b64decode(credentials).decode()
+                keys["authorization"] = user_and_key.partition(":")[2].strip()
         right = os.fsencode(self.settings.api_key)
         equal = hmac.compare_digest  # in a time that tells nothing
-        return {name.encode() for name, key in values.items() if equal(os.fsencode(key), right)}
+        return {name.encode() for name, key in keys.items() if equal(os.fsencode(key), right)}
 
     def cors_headers(self, request: web.BaseRequest) -> dict[str, str]:
         """For a page of an allowed origin, so that it may read the answer (Fetch standard, 3.2)."""

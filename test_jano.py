@@ -5209,6 +5209,7 @@ WRONG_KEYS = [
     "Authorization: k",
     "Authorization: Basic",
     "Authorization: Basic !",
+    "Authorization: Basic k",
     "Authorization: Basic /w==",
     "Authorization: Basic aw==",  # k without a colon
     basic("k", "no"),
