@@ -858,7 +858,8 @@ class Upstream(asyncio.Protocol):
         closes after each stream and does not say so: after its first stream, a connection is used
         again only once it has stayed open for half of KEEP_FOR.
         """
-        unfinished = self.failure or self.rest or not self.body.at_eof()
+        unsent = self.rest or self.transport.get_write_buffer_size()
+        unfinished = self.failure or unsent or not self.body.at_eof()
         if self.head is None or self.head.should_close or self.head.code >= 400 or unfinished:
             self.close()
         else:

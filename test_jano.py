@@ -3603,6 +3603,23 @@ async def test_kept_connection_that_was_closed_just_before_is_not_used(peer: Pee
         assert await ask_peer(peer) == (200, b"{}")
 
 
+async def test_connection_whose_request_is_not_sent_whole_is_not_kept() -> None:
+    """The backend answers without reading, and the last piece of the body waits for it to read."""
+    near, far = socket.socketpair()
+    near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**12)
+    idle: list[jano.Upstream] = []
+    loop = asyncio.get_running_loop()
+    _, upstream = await loop.create_connection(lambda: jano.Upstream(idle), sock=near)
+    upstream.ask(b"POST / HTTP/1.1\r\n\r\n", bytes(2**16), 5.0)
+    with far:
+        far.sendall(EMPTY_OBJECT)
+        while upstream.head is None:
+            await event(upstream.more())
+        assert upstream.body.read_nowait() == b"{}"
+        upstream.release()
+        assert idle == []
+
+
 @pytest.mark.parametrize("end", [b"", RESET], ids=["closes", "resets"])
 @pytest.mark.parametrize("before", [0, 1], ids=["new connection", "kept connection"])
 async def test_request_that_may_have_been_read_is_never_sent_twice(
