@@ -1140,8 +1140,7 @@ def end_to_end(head: Any, drop: set[bytes]) -> list[bytes]:
 
 
 async def refusal(upstream: Upstream, head: RawResponseMessage) -> ApiError:
-    """An answer that is no stream, for a client that has the head of one because of its heartbeats:
-    the backend's words, in OpenAI's, vLLM's or FastAPI's form, or text."""
+    """Why there is no stream for a client that has had heartbeats: the backend's own words."""
     body = upstream.body.read_nowait()
     with contextlib.suppress(BackendError):
         while len(body) < BUFFER and not upstream.body.at_eof():
@@ -1151,7 +1150,7 @@ async def refusal(upstream: Upstream, head: RawResponseMessage) -> ApiError:
     words: Any = None
     with contextlib.suppress(ValueError, RecursionError):
         words = json.loads(text)
-    for key in ("error", "message", "detail"):
+    for key in ("error", "message", "detail"):  # of OpenAI, vLLM, FastAPI
         if isinstance(words, dict):
             words = words.get(key, words)
     words = words if isinstance(words, str) else text
@@ -1217,7 +1216,7 @@ class Jano:
         method = "GET" if request.method == "HEAD" else request.method
         route = "/v1/models/" if path.startswith("/v1/models/") else path
         allowed, handler = self.routes.get(route, ("POST", None))
-        named = path.startswith(UPSTREAM) or request.query.get("model") or headers.get("X-Model")
+        named = request.query.get("model") or headers.get("X-Model") or path.startswith(UPSTREAM)
         try:
             self.check_client(request)
             if handler and method == allowed:
@@ -1232,7 +1231,7 @@ class Jano:
                 upgrade = {"Upgrade": "HTTP/1.1", "Connection": "upgrade"}  # RFC 9110, 15.5.22
                 raise ApiError(426, "WebSockets are not served here", "no_websocket", upgrade)
             elif handler is None and (method == "POST" or (named and method != "CONNECT")):
-                response = await self.serve(await self.read_call(request, bool(named)))
+                response = await self.serve(await self.read_call(request, named))
             elif handler is None and method == "GET":
                 text = f"there is no {shown(path)} here; name a model to ask its backend"
                 raise ApiError(404, text, "unknown_route")
@@ -1289,12 +1288,9 @@ class Jano:
         headers = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
         return headers | {"Access-Control-Expose-Headers": exposed}
 
-    async def read_call(self, request: web.BaseRequest, named: bool) -> Call:
-        """Read the request, find its model. named: path, query or header tell. Raises ApiError."""
+    async def read_call(self, request: web.BaseRequest, named: str | bool) -> Call:
+        """Read what is asked of which model. named: its name, or whether it is in the path."""
         body = await self.read_body(request)
-        path, target = request.path, request.raw_path.partition("#")[0]
-        if not target.startswith("/"):  # an address, or * (RFC 9112, 3.2)
-            target = "/" + request.rel_url.raw_path_qs.removeprefix("/")
         fields: dict[str, Any] = {}
         part = None  # where in a form its model stands
         try:
@@ -1306,20 +1302,23 @@ class Jano:
         except ApiError:
             if not named:  # otherwise it is the backend's matter
                 raise
-        name = fields.get("model") or request.query.get("model") or request.headers.get("X-Model")
-        if path.startswith(UPSTREAM):
-            name, path, target = self.split_upstream(target)
-        model = self.find_model(name, path)
+        model, target = self.find_target(request, fields.get("model") or named)
         if model.upstream_model and part:
             body = body[: part.start] + model.upstream_model.encode() + body[part.stop :]
         elif model.upstream_model and "model" in fields:
-            body = rewritten({**fields, "model": model.upstream_model})
+            fields["model"] = model.upstream_model
+            try:
+                body = json.dumps(fields, allow_nan=False).encode()
+            except ValueError:
+                text = "the body has a number that JSON cannot hold, such as 1e400"
+                raise ApiError(400, text, "invalid_json") from None
         tier = TIERS.get(str(fields.get("service_tier")), DEFAULT)
         call = Call(model.name, clock(), tier, jano=self, request=request, entry=model, body=body)
         self.last_id += 1
         call.id, call.target = str(self.last_id), target
-        if fields.get("stream") is True and bare(path) in STREAMS:
-            call.stream = bare(path)
+        route = bare(unquote(target.partition("?")[0]))
+        if fields.get("stream") is True and route in STREAMS:
+            call.stream = route
         if request.method == "POST":
             call.worker = self.workers.get(model.group)
         elif self.state_of(model) != "loaded":
@@ -1346,16 +1345,20 @@ class Jano:
             raise ApiError(413, text, "body_too_large")
         return bytes(body)
 
-    def split_upstream(self, target: str) -> tuple[str, str, str]:
-        """/upstream/{model}/… as the model's name, and its backend's path and target."""
+    def find_target(self, request: web.BaseRequest, name: object) -> tuple[Model, str]:
+        """The model, and path and query for its backend. Raises ApiError."""
+        target = request.raw_path.partition("#")[0]
+        if not target.startswith("/"):  # an address, or * (RFC 9112, 3.2)
+            target = "/" + request.rel_url.raw_path_qs.removeprefix("/")
+        if not request.path.startswith(UPSTREAM):
+            return self.find_model(name, request.path), target
         path, mark, query = target.partition("?")
         steps = path.removeprefix(UPSTREAM).split("/")
         for end in range(len(steps), 0, -1):  # a name may have slashes
             name = unquote("/".join(steps[:end]))
             if name.casefold() in self.names:
-                path = "/" + "/".join(steps[end:])
-                return name, unquote(path), path + mark + query
-        return unquote(steps[0]), "/", "/"
+                return self.find_model(name), f"/{'/'.join(steps[end:])}{mark}{query}"
+        return self.find_model(unquote(steps[0])), "/"
 
     def find_model(self, name: object, path: str = "", status: int = 400) -> Model:
         """By its name or an alias; if there is no name, by `endpoints`. Raises ApiError."""
@@ -1384,16 +1387,15 @@ class Jano:
         if call.stream and self.settings.heartbeat:
             call.timer = asyncio.get_running_loop().call_later(self.settings.heartbeat, call.beat)
         try:
-            try:
-                last = await self.take_turn(call)
-                self.settle(call)
-            except ApiError as error:
-                self.settle(call, error)
-                error.headers["x-request-id"] = call.id
-                if not call.beats:
-                    return error.response(call.request)
-                last = error.event(call)
+            last = await self.take_turn(call)
+            self.settle(call)
             await call.write(last, last=True)
+        except ApiError as error:
+            self.settle(call, error)
+            error.headers["x-request-id"] = call.id
+            if not call.beats:
+                raise
+            call.send(error.event(call), last=True)
         except BaseException as error:
             if call.status is None:
                 self.settle(call, error)
@@ -1592,15 +1594,6 @@ def parse_object(body: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ApiError(400, "the body is not a JSON object", "invalid_json")
     return value
-
-
-def rewritten(fields: dict[str, Any]) -> bytes:
-    """As a JSON body again. Raises ApiError 400."""
-    try:
-        return json.dumps(fields, allow_nan=False).encode()
-    except ValueError:
-        text = "the body has a number that JSON cannot hold, such as 1e400"
-        raise ApiError(400, text, "invalid_json") from None
 
 
 def form_model(content_type: str, body: bytes) -> slice | None:
