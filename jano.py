@@ -933,229 +933,19 @@ class Upstream(asyncio.Protocol):
 
 CLIENT_LEFT = 499  # nginx's status for it
 MAX_HELD = 2**30  # bytes of the bodies of all requests together; a lone one may be larger
-MAX_VALUES = 2_000_000  # in a JSON body, more or less: half a second of parsing
-MAX_PARTS = 1000  # of a form
-MODEL_PART = rb'(?im)^content-disposition:[ \t]*form-data;[ \t]*name=("model"|model)[ \t]*\r'
 TIERS = {"priority": PRIORITY, "flex": FLEX}
 STREAMS = {"chat/completions", "completions", "messages", "responses"}  # streams that are known
 UPSTREAM = "/upstream/"  # followed by a model's name, and a path for its backend
-
-# Hop by hop (RFC 9110, 7.6.1), and what is made anew for the next hop.
-HOP_BY_HOP = frozenset(
-    b"connection keep-alive proxy-connection te trailer transfer-encoding upgrade"
-    b" proxy-authenticate proxy-authorization content-length host expect".split()
+PREFLIGHT = {
+    "Allow": "GET, HEAD, POST, OPTIONS",
+    "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, PATCH, DELETE",
+    "Access-Control-Allow-Private-Network": "true",
+}
+HEALTH_ROUTES = ("/health", "/v1/health", "/healthz", "/readyz")
+OLLAMA_DETAILS = {"format": "gguf", "family": "jano", "families": ["jano"]} | dict.fromkeys(
+    ("parent_model", "parameter_size", "quantization_level"), ""
 )
-CONTROL = bytes([*range(9), *range(10, 32), 127])  # never in a header's value (RFC 9110, 5.5)
-
-# The SDKs of OpenAI and Anthropic would ask again for minutes, and tell their user nothing.
-NO_RETRY = {"x-should-retry": "false"}
-RETRY_SOON = {"Retry-After": "5"}
-ANTHROPIC_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
-
-
-class ApiError(Exception):
-    """A failure as the client is told of it; more stands beside OpenAI's `error`."""
-
-    def __init__(self, status: int, text: str, code: str, headers: Any = (), **more: Any) -> None:
-        super().__init__(text)
-        self.status, self.code, self.headers, self.more = status, code, dict(headers), more
-
-    def payload(self, request: web.BaseRequest) -> dict[str, Any]:
-        """In the shape of the API that the client speaks: OpenAI's, Anthropic's or Ollama's."""
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        messages = re.match(f"({UPSTREAM}.+)?(/v1)?/messages", request.path)
-        if messages or "anthropic-version" in request.headers:
-            kind = ANTHROPIC_TYPES.get(self.status, kind.replace("server", "api"))
-            return {"type": "error", "error": {"type": kind, "message": str(self)}}
-        if re.match(f"({UPSTREAM}.+)?/api/", request.path):
-            return {"error": str(self)}
-        param = "model" if "accepted" in self.more else None
-        error = {"message": str(self), "type": kind, "param": param, "code": self.code}
-        return {"error": error, **self.more}
-
-    def response(self, request: web.BaseRequest) -> web.Response:
-        """For a client that has got nothing yet."""
-        return web.json_response(self.payload(request), status=self.status, headers=self.headers)
-
-    def event(self, call: Call) -> bytes:
-        """For one that has got heartbeats: the end of its stream."""
-        payload = self.payload(call.request)
-        payload["error"]["type"] = self.code  # at "server_error" or "api_error", agents ask again
-        if call.stream == "responses":
-            response = {"object": "response", "status": "failed", "error": payload["error"]}
-            payload |= {"type": "response.failed", "response": response}
-        name = f"event: {payload['type']}\n" if "type" in payload else ""
-        return f"{name}data: {compact(payload)}\n\n".encode()
-
-
-class Moved(ApiError):
-    """A reload has given the model of a waiting ticket to another group, or made it passthrough."""
-
-
-MOVED = functools.partial(Moved, 503, "the model was moved meanwhile", "model_moved", RETRY_SOON)
-SHUTTING_DOWN = functools.partial(ApiError, 503, "jano shuts down", "shutting_down", RETRY_SOON)
-
-
-@dataclass(eq=False)
-class Call(Ticket):
-    """A request from its arrival to its end; for the policy it is a ticket like any other.
-
-    nothing sent ──beat──▶ heartbeats ──begin_answer──▶ relaying ──settle──▶ over
-
-    Without heartbeats begin_answer is the first step. An error is a response of its own where
-    nothing was sent, an event behind heartbeats, and a broken connection within an answer.
-    """
-
-    _: KW_ONLY
-    jano: Jano
-    request: web.BaseRequest
-    entry: Model  # the model's entry in models.json
-    body: bytes
-    worker: Worker | None = None  # None: it needs no turn
-    target: str = ""  # path and query for the backend, in the client's own spelling
-    stream: str = ""  # which of STREAMS it asks for; "": any other answer
-    unsent: bytes = b""  # the head of the answer; it goes out with what comes first
-    chunked: bool = False  # the answer's body is sent in chunks
-    keep_alive: bool = True
-    beats: int = 0  # heartbeats sent
-    beating: bool = True  # another one may be sent, even within the answer
-    timer: asyncio.TimerHandle | None = None  # of the next one
-    relaying: bool = False  # the backend's answer has begun
-    sent_status: int = 0  # what the client is told
-    excerpt: bytearray | None = None  # both ends of the answer, where its tokens are counted
-    first_byte: float | None = None
-    status: int | None = None  # once it is over, as it is counted
-
-    @property
-    def running(self) -> bool:
-        return self.worker is None or self in self.worker.schedule.in_flight
-
-    def request_head(self) -> bytes:
-        """For the backend: the client's start line and headers, less what is for this hop."""
-        request, url = self.request, self.entry.url
-        start = f"{request.method} {url.path}{self.target} HTTP/1.1"
-        lines = [start.encode("utf-8", "surrogateescape"), b"Host: " + url.netloc.encode()]
-        drop = self.jano.key_headers(request) if self.jano.settings.api_key else set()
-        for name, value in self.entry.headers.items():
-            drop.add(name.lower().encode())
-            lines.append(f"{name}: {value}".encode())
-        if request.headers.get("Content-Encoding", "").lower() in ("gzip", "deflate", "br", "zstd"):
-            drop.add(b"content-encoding")  # aiohttp has unpacked the body
-        if self.stream:  # a heartbeat's head names no encoding
-            drop.add(b"accept-encoding")
-        if self.body or request.method in ("POST", "PUT", "PATCH"):
-            lines.append(b"Content-Length: %d" % len(self.body))
-        return b"\r\n".join([*lines, *end_to_end(request, drop), b"\r\n"])
-
-    def begin_answer(self, head: RawResponseMessage) -> None:
-        """Prepare the backend's status line and headers, and jano's, unless a head is out."""
-        self.relaying = True
-        length = None if head.chunked else head.headers.get("Content-Length")
-        content_type = head.headers.get("Content-Type", "").lower()
-        events = "event-stream" in content_type
-        plain = head.headers.get("Content-Encoding", "identity").lower() == "identity"
-        self.beating = head.code == 200 and events and plain and (self.beats > 0 or not length)
-        if events or "json" in content_type:
-            self.excerpt = bytearray()
-        if self.beats:
-            return
-        # Jano's own word on who may read it counts.
-        drop = {b"access-control-allow-origin"} if "Origin" in self.request.headers else set()
-        lines = end_to_end(head, drop)
-        if "Date" not in head.headers:
-            lines.append(gmt("Date: %a, %d %b %Y %H:%M:%S GMT", int(time.time())).encode())
-        if "x-request-id" not in head.headers:
-            lines.append(b"x-request-id: " + self.id.encode())
-        if events:
-            lines.append(b"X-Accel-Buffering: no")
-        queue_ms = 1000 * ((self.granted or self.arrived) - self.arrived)
-        timing = (queue_ms, 1000 * self.swapping)
-        lines.append(b"Server-Timing: queue;dur=%.0f, swap;dur=%.0f" % timing)
-        self.set_head(head.code, head.reason, lines, length)
-
-    def set_head(self, status: int, reason: str, lines: list[bytes], length: str | None) -> None:
-        """length is the body's, None if nobody knows it yet (RFC 9112, 6.3)."""
-        major, minor = self.request.version
-        self.sent_status, self.keep_alive = status, self.request.keep_alive
-        if length is not None and status != 204:
-            lines.append(b"Content-Length: " + length.encode())
-        elif self.request.method != "HEAD" and status not in (204, 304):
-            self.chunked = minor > 0
-            self.keep_alive = self.keep_alive and self.chunked
-            if self.chunked:
-                lines.append(b"Transfer-Encoding: chunked")
-        if self.keep_alive != (minor > 0):  # otherwise it goes without saying
-            lines.append(b"Connection: keep-alive" if self.keep_alive else b"Connection: close")
-        for name, value in self.jano.cors_headers(self.request).items():
-            lines.append(os.fsencode(f"{name}: {value}"))
-        start = f"HTTP/{major}.{minor} {status} {reason}".encode("utf-8", "surrogateescape")
-        self.unsent = b"\r\n".join([start.translate(None, CONTROL), *lines, b"\r\n"])
-
-    def send(self, piece: bytes, last: bool = False) -> None:
-        """A piece of the body, behind the head if that is not out (RFC 9112, 7.1)."""
-        if self.chunked:
-            piece = b"%x\r\n%b\r\n" % (len(piece), piece) if piece else b""
-            piece += b"0\r\n\r\n" if last else b""
-        transport = self.request.transport
-        if transport:  # else the client has left, and the handler is cancelled
-            transport.write(self.unsent + piece)
-        self.unsent = b""
-
-    async def write(self, piece: bytes, last: bool = False) -> None:
-        """Send, and wait while the client does not read. Raises ConnectionError, TimeoutError."""
-        self.send(piece, last)
-        if self.request.protocol.writing_paused:
-            async with asyncio.timeout(self.jano.settings.request_timeout):
-                await self.request.writer.drain()
-
-    def beat(self) -> None:
-        """Send a sign of life. If no answer has begun, a 200 goes first; errors are events then."""
-        if not self.beating:
-            return
-        data = b": waiting\n\n"  # a comment, which clients skip (HTML standard, 9.2.6)
-        if self.stream == "responses":  # Codex wants events
-            data = b'event: keepalive\ndata: {"type":"keepalive","sequence_number":%d}\n\n'
-            data %= self.beats
-        if not self.sent_status:
-            lines = [b"Content-Type: text/event-stream", b"Cache-Control: no-cache"]
-            lines += [b"X-Accel-Buffering: no", b"x-request-id: " + self.id.encode()]
-            self.set_head(200, "OK", lines, None)
-        self.beats += 1
-        self.send(data)  # the transport buffers what its client does not read
-        self.timer = asyncio.get_running_loop().call_later(self.jano.settings.heartbeat, self.beat)
-
-
-def end_to_end(head: Any, drop: set[bytes]) -> list[bytes]:
-    """The header lines, less those to drop and those for this hop (RFC 9110, 7.6.1)."""
-    if "Connection" in head.headers:
-        for token in ",".join(head.headers.getall("Connection")).split(","):
-            drop.add(os.fsencode(token.strip().lower()))
-    lines = []
-    for name, value in head.raw_headers:
-        name = name.rstrip()  # in an answer, there may be space (RFC 9112, 5.1)
-        lower = name.lower()
-        if lower not in HOP_BY_HOP and lower not in drop:
-            lines.append((name + b": " + value).translate(None, CONTROL))
-    return lines
-
-
-async def refusal(upstream: Upstream, head: RawResponseMessage) -> ApiError:
-    """Why there is no stream for a client that has had heartbeats: the backend's own words."""
-    body = upstream.body.read_nowait()
-    with contextlib.suppress(BackendError):
-        while len(body) < BUFFER and not upstream.body.at_eof():
-            await upstream.more()
-            body += upstream.body.read_nowait()
-    text = "" if "Content-Encoding" in head.headers else body.decode(errors="replace").strip()
-    words: Any = None
-    with contextlib.suppress(ValueError, RecursionError):
-        words = json.loads(text)
-    for key in ("error", "message", "detail"):  # of OpenAI, vLLM, FastAPI
-        if isinstance(words, dict):
-            words = words.get(key, words)
-    words = words if isinstance(words, str) else text
-    words = words[:500] or f"the backend answered {head.code} and no stream"
-    return ApiError(head.code if head.code >= 400 else 502, words, "backend_error")
+Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
 class Jano:
@@ -1559,18 +1349,6 @@ class Jano:
         return web.json_response(payload | {"model_info": info})
 
 
-Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
-PREFLIGHT = {
-    "Allow": "GET, HEAD, POST, OPTIONS",
-    "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, PATCH, DELETE",
-    "Access-Control-Allow-Private-Network": "true",
-}
-HEALTH_ROUTES = ("/health", "/v1/health", "/healthz", "/readyz")
-OLLAMA_DETAILS = {"format": "gguf", "family": "jano", "families": ["jano"]} | dict.fromkeys(
-    ("parent_model", "parameter_size", "quantization_level"), ""
-)
-
-
 @functools.lru_cache(100)
 def host_name(host: str) -> str:
     """A Host header without its port, and an IPv6 address without its brackets; "" if it is bad."""
@@ -1581,6 +1359,11 @@ def host_name(host: str) -> str:
 def bare(route: str) -> str:
     """A route without outer slashes or a leading v1, such as "chat/completions"."""
     return f"/{route.strip('/')}".removeprefix("/v1/").strip("/")
+
+
+MAX_VALUES = 2_000_000  # in a JSON body, more or less: half a second of parsing
+MAX_PARTS = 1000  # of a form
+MODEL_PART = rb'(?im)^content-disposition:[ \t]*form-data;[ \t]*name=("model"|model)[ \t]*\r'
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
@@ -1615,6 +1398,225 @@ def form_model(content_type: str, body: bytes) -> slice | None:
             return models[0] if models else None
     text = f"the body is not one whole form, of up to {MAX_PARTS} parts, with one model"
     raise ApiError(400, text, "invalid_form")
+
+
+# Hop by hop (RFC 9110, 7.6.1), and what is made anew for the next hop.
+HOP_BY_HOP = frozenset(
+    b"connection keep-alive proxy-connection te trailer transfer-encoding upgrade"
+    b" proxy-authenticate proxy-authorization content-length host expect".split()
+)
+CONTROL = bytes([*range(9), *range(10, 32), 127])  # never in a header's value (RFC 9110, 5.5)
+
+
+@dataclass(eq=False)
+class Call(Ticket):
+    """A request from its arrival to its end; for the policy it is a ticket like any other.
+
+    nothing sent ──beat──▶ heartbeats ──begin_answer──▶ relaying ──settle──▶ over
+
+    Without heartbeats begin_answer is the first step. An error is a response of its own where
+    nothing was sent, an event behind heartbeats, and a broken connection within an answer.
+    """
+
+    _: KW_ONLY
+    jano: Jano
+    request: web.BaseRequest
+    entry: Model  # the model's entry in models.json
+    body: bytes
+    worker: Worker | None = None  # None: it needs no turn
+    target: str = ""  # path and query for the backend, in the client's own spelling
+    stream: str = ""  # which of STREAMS it asks for; "": any other answer
+    unsent: bytes = b""  # the head of the answer; it goes out with what comes first
+    chunked: bool = False  # the answer's body is sent in chunks
+    keep_alive: bool = True
+    beats: int = 0  # heartbeats sent
+    beating: bool = True  # another one may be sent, even within the answer
+    timer: asyncio.TimerHandle | None = None  # of the next one
+    relaying: bool = False  # the backend's answer has begun
+    sent_status: int = 0  # what the client is told
+    excerpt: bytearray | None = None  # both ends of the answer, where its tokens are counted
+    first_byte: float | None = None
+    status: int | None = None  # once it is over, as it is counted
+
+    @property
+    def running(self) -> bool:
+        return self.worker is None or self in self.worker.schedule.in_flight
+
+    def request_head(self) -> bytes:
+        """For the backend: the client's start line and headers, less what is for this hop."""
+        request, url = self.request, self.entry.url
+        start = f"{request.method} {url.path}{self.target} HTTP/1.1"
+        lines = [start.encode("utf-8", "surrogateescape"), b"Host: " + url.netloc.encode()]
+        drop = self.jano.key_headers(request) if self.jano.settings.api_key else set()
+        for name, value in self.entry.headers.items():
+            drop.add(name.lower().encode())
+            lines.append(f"{name}: {value}".encode())
+        if request.headers.get("Content-Encoding", "").lower() in ("gzip", "deflate", "br", "zstd"):
+            drop.add(b"content-encoding")  # aiohttp has unpacked the body
+        if self.stream:  # a heartbeat's head names no encoding
+            drop.add(b"accept-encoding")
+        if self.body or request.method in ("POST", "PUT", "PATCH"):
+            lines.append(b"Content-Length: %d" % len(self.body))
+        return b"\r\n".join([*lines, *end_to_end(request, drop), b"\r\n"])
+
+    def begin_answer(self, head: RawResponseMessage) -> None:
+        """Prepare the backend's status line and headers, and jano's, unless a head is out."""
+        self.relaying = True
+        length = None if head.chunked else head.headers.get("Content-Length")
+        content_type = head.headers.get("Content-Type", "").lower()
+        events = "event-stream" in content_type
+        plain = head.headers.get("Content-Encoding", "identity").lower() == "identity"
+        self.beating = head.code == 200 and events and plain and (self.beats > 0 or not length)
+        if events or "json" in content_type:
+            self.excerpt = bytearray()
+        if self.beats:
+            return
+        # Jano's own word on who may read it counts.
+        drop = {b"access-control-allow-origin"} if "Origin" in self.request.headers else set()
+        lines = end_to_end(head, drop)
+        if "Date" not in head.headers:
+            lines.append(gmt("Date: %a, %d %b %Y %H:%M:%S GMT", int(time.time())).encode())
+        if "x-request-id" not in head.headers:
+            lines.append(b"x-request-id: " + self.id.encode())
+        if events:
+            lines.append(b"X-Accel-Buffering: no")
+        queue_ms = 1000 * ((self.granted or self.arrived) - self.arrived)
+        timing = (queue_ms, 1000 * self.swapping)
+        lines.append(b"Server-Timing: queue;dur=%.0f, swap;dur=%.0f" % timing)
+        self.set_head(head.code, head.reason, lines, length)
+
+    def set_head(self, status: int, reason: str, lines: list[bytes], length: str | None) -> None:
+        """length is the body's, None if nobody knows it yet (RFC 9112, 6.3)."""
+        major, minor = self.request.version
+        self.sent_status, self.keep_alive = status, self.request.keep_alive
+        if length is not None and status != 204:
+            lines.append(b"Content-Length: " + length.encode())
+        elif self.request.method != "HEAD" and status not in (204, 304):
+            self.chunked = minor > 0
+            self.keep_alive = self.keep_alive and self.chunked
+            if self.chunked:
+                lines.append(b"Transfer-Encoding: chunked")
+        if self.keep_alive != (minor > 0):  # otherwise it goes without saying
+            lines.append(b"Connection: keep-alive" if self.keep_alive else b"Connection: close")
+        for name, value in self.jano.cors_headers(self.request).items():
+            lines.append(os.fsencode(f"{name}: {value}"))
+        start = f"HTTP/{major}.{minor} {status} {reason}".encode("utf-8", "surrogateescape")
+        self.unsent = b"\r\n".join([start.translate(None, CONTROL), *lines, b"\r\n"])
+
+    def send(self, piece: bytes, last: bool = False) -> None:
+        """A piece of the body, behind the head if that is not out (RFC 9112, 7.1)."""
+        if self.chunked:
+            piece = b"%x\r\n%b\r\n" % (len(piece), piece) if piece else b""
+            piece += b"0\r\n\r\n" if last else b""
+        transport = self.request.transport
+        if transport:  # else the client has left, and the handler is cancelled
+            transport.write(self.unsent + piece)
+        self.unsent = b""
+
+    async def write(self, piece: bytes, last: bool = False) -> None:
+        """Send, and wait while the client does not read. Raises ConnectionError, TimeoutError."""
+        self.send(piece, last)
+        if self.request.protocol.writing_paused:
+            async with asyncio.timeout(self.jano.settings.request_timeout):
+                await self.request.writer.drain()
+
+    def beat(self) -> None:
+        """Send a sign of life. If no answer has begun, a 200 goes first; errors are events then."""
+        if not self.beating:
+            return
+        data = b": waiting\n\n"  # a comment, which clients skip (HTML standard, 9.2.6)
+        if self.stream == "responses":  # Codex wants events
+            data = b'event: keepalive\ndata: {"type":"keepalive","sequence_number":%d}\n\n'
+            data %= self.beats
+        if not self.sent_status:
+            lines = [b"Content-Type: text/event-stream", b"Cache-Control: no-cache"]
+            lines += [b"X-Accel-Buffering: no", b"x-request-id: " + self.id.encode()]
+            self.set_head(200, "OK", lines, None)
+        self.beats += 1
+        self.send(data)  # the transport buffers what its client does not read
+        self.timer = asyncio.get_running_loop().call_later(self.jano.settings.heartbeat, self.beat)
+
+
+def end_to_end(head: Any, drop: set[bytes]) -> list[bytes]:
+    """The header lines, less those to drop and those for this hop (RFC 9110, 7.6.1)."""
+    if "Connection" in head.headers:
+        for token in ",".join(head.headers.getall("Connection")).split(","):
+            drop.add(os.fsencode(token.strip().lower()))
+    lines = []
+    for name, value in head.raw_headers:
+        name = name.rstrip()  # in an answer, there may be space (RFC 9112, 5.1)
+        lower = name.lower()
+        if lower not in HOP_BY_HOP and lower not in drop:
+            lines.append((name + b": " + value).translate(None, CONTROL))
+    return lines
+
+
+async def refusal(upstream: Upstream, head: RawResponseMessage) -> ApiError:
+    """Why there is no stream for a client that has had heartbeats: the backend's own words."""
+    body = upstream.body.read_nowait()
+    with contextlib.suppress(BackendError):
+        while len(body) < BUFFER and not upstream.body.at_eof():
+            await upstream.more()
+            body += upstream.body.read_nowait()
+    text = "" if "Content-Encoding" in head.headers else body.decode(errors="replace").strip()
+    words: Any = None
+    with contextlib.suppress(ValueError, RecursionError):
+        words = json.loads(text)
+    for key in ("error", "message", "detail"):  # of OpenAI, vLLM, FastAPI
+        if isinstance(words, dict):
+            words = words.get(key, words)
+    words = words if isinstance(words, str) else text
+    words = words[:500] or f"the backend answered {head.code} and no stream"
+    return ApiError(head.code if head.code >= 400 else 502, words, "backend_error")
+
+
+# The SDKs of OpenAI and Anthropic would ask again for minutes, and tell their user nothing.
+NO_RETRY = {"x-should-retry": "false"}
+RETRY_SOON = {"Retry-After": "5"}
+ANTHROPIC_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+
+
+class ApiError(Exception):
+    """A failure as the client is told of it; more stands beside OpenAI's `error`."""
+
+    def __init__(self, status: int, text: str, code: str, headers: Any = (), **more: Any) -> None:
+        super().__init__(text)
+        self.status, self.code, self.headers, self.more = status, code, dict(headers), more
+
+    def payload(self, request: web.BaseRequest) -> dict[str, Any]:
+        """In the shape of the API that the client speaks: OpenAI's, Anthropic's or Ollama's."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        messages = re.match(f"({UPSTREAM}.+)?(/v1)?/messages", request.path)
+        if messages or "anthropic-version" in request.headers:
+            kind = ANTHROPIC_TYPES.get(self.status, kind.replace("server", "api"))
+            return {"type": "error", "error": {"type": kind, "message": str(self)}}
+        if re.match(f"({UPSTREAM}.+)?/api/", request.path):
+            return {"error": str(self)}
+        param = "model" if "accepted" in self.more else None
+        error = {"message": str(self), "type": kind, "param": param, "code": self.code}
+        return {"error": error, **self.more}
+
+    def response(self, request: web.BaseRequest) -> web.Response:
+        """For a client that has got nothing yet."""
+        return web.json_response(self.payload(request), status=self.status, headers=self.headers)
+
+    def event(self, call: Call) -> bytes:
+        """For one that has got heartbeats: the end of its stream."""
+        payload = self.payload(call.request)
+        payload["error"]["type"] = self.code  # at "server_error" or "api_error", agents ask again
+        if call.stream == "responses":
+            response = {"object": "response", "status": "failed", "error": payload["error"]}
+            payload |= {"type": "response.failed", "response": response}
+        name = f"event: {payload['type']}\n" if "type" in payload else ""
+        return f"{name}data: {compact(payload)}\n\n".encode()
+
+
+class Moved(ApiError):
+    """A reload has given the model of a waiting ticket to another group, or made it passthrough."""
+
+
+MOVED = functools.partial(Moved, 503, "the model was moved meanwhile", "model_moved", RETRY_SOON)
+SHUTTING_DOWN = functools.partial(ApiError, 503, "jano shuts down", "shutting_down", RETRY_SOON)
 
 
 # ---------------------------------------------------------------------------------- config ----
