@@ -1021,7 +1021,7 @@ class Jano:
                 upgrade = {"Upgrade": "HTTP/1.1", "Connection": "upgrade"}  # RFC 9110, 15.5.22
                 raise ApiError(426, "WebSockets are not served here", "no_websocket", upgrade)
             elif handler is None and (method == "POST" or (named and method != "CONNECT")):
-                response = await self.serve(await self.read_call(request, named))
+                return await self.serve(await self.read_call(request, named))
             elif handler is None and method == "GET":
                 text = f"there is no {shown(path)} here; name a model to ask its backend"
                 raise ApiError(404, text, "unknown_route")
@@ -1030,9 +1030,8 @@ class Jano:
                 raise ApiError(405, f"{method} is not for this path", "method_not_allowed", allow)
         except ApiError as error:
             response = error.response(request)
-        if not isinstance(response, Written):
-            response.headers["Server"] = f"jano/{__version__}"
-            response.headers.update(self.cors_headers(request))
+        response.headers["Server"] = f"jano/{__version__}"
+        response.headers.update(self.cors_headers(request))
         return response
 
     def check_client(self, request: web.BaseRequest) -> None:
@@ -1092,23 +1091,24 @@ class Jano:
         except ApiError:
             if not named:  # otherwise it is the backend's matter
                 raise
-        model, target = self.find_target(request, fields.get("model") or named)
+        name = fields.get("model") or named
+        path, target = request.path, request.raw_path.partition("#")[0]
+        if not target.startswith("/"):  # an address, or * (RFC 9112, 3.2)
+            target = "/" + request.rel_url.raw_path_qs.removeprefix("/")
+        if path.startswith(UPSTREAM):
+            name, target = self.split_upstream(target)
+            path = unquote(target.partition("?")[0])
+        model = self.find_model(name, path)
         if model.upstream_model and part:
             body = body[: part.start] + model.upstream_model.encode() + body[part.stop :]
         elif model.upstream_model and "model" in fields:
-            fields["model"] = model.upstream_model
-            try:
-                body = json.dumps(fields, allow_nan=False).encode()
-            except ValueError:
-                text = "the body has a number that JSON cannot hold, such as 1e400"
-                raise ApiError(400, text, "invalid_json") from None
+            body = compose_object({**fields, "model": model.upstream_model})
         tier = TIERS.get(str(fields.get("service_tier")), DEFAULT)
         call = Call(model.name, clock(), tier, jano=self, request=request, entry=model, body=body)
         self.last_id += 1
         call.id, call.target = str(self.last_id), target
-        route = bare(unquote(target.partition("?")[0]))
-        if fields.get("stream") is True and route in STREAMS:
-            call.stream = route
+        if fields.get("stream") is True and bare(path) in STREAMS:
+            call.stream = bare(path)
         if request.method == "POST":
             call.worker = self.workers.get(model.group)
         elif self.state_of(model) != "loaded":
@@ -1135,20 +1135,15 @@ class Jano:
             raise ApiError(413, text, "body_too_large")
         return bytes(body)
 
-    def find_target(self, request: web.BaseRequest, name: object) -> tuple[Model, str]:
-        """The model, and path and query for its backend. Raises ApiError."""
-        target = request.raw_path.partition("#")[0]
-        if not target.startswith("/"):  # an address, or * (RFC 9112, 3.2)
-            target = "/" + request.rel_url.raw_path_qs.removeprefix("/")
-        if not request.path.startswith(UPSTREAM):
-            return self.find_model(name, request.path), target
+    def split_upstream(self, target: str) -> tuple[str, str]:
+        """/upstream/{model}/… as the model's name, and path and query for its backend."""
         path, mark, query = target.partition("?")
         steps = path.removeprefix(UPSTREAM).split("/")
         for end in range(len(steps), 0, -1):  # a name may have slashes
             name = unquote("/".join(steps[:end]))
             if name.casefold() in self.names:
-                return self.find_model(name), f"/{'/'.join(steps[end:])}{mark}{query}"
-        return self.find_model(unquote(steps[0])), "/"
+                return name, f"/{'/'.join(steps[end:])}{mark}{query}"
+        return unquote(steps[0]), "/"
 
     def find_model(self, name: object, path: str = "", status: int = 400) -> Model:
         """By its name or an alias; if there is no name, by `endpoints`. Raises ApiError."""
@@ -1310,9 +1305,8 @@ class Jano:
 
     async def post_unload(self, request: web.BaseRequest) -> web.Response:
         """Drain, and free the memory: of the group of ?model=, or of all groups."""
-        named = "model" in request.query
-        only = self.find_model(request.query["model"]).group if named else None
-        workers = [each for each in self.workers.values() if only in (None, each.group)]
+        group = self.find_model(request.query["model"]).group if "model" in request.query else None
+        workers = [worker for worker in self.workers.values() if group in (None, worker.group)]
         # Shielded: a client that leaves must not let go of the lock while the script runs.
         unloads = asyncio.gather(*(worker.unload() for worker in workers), return_exceptions=True)
         names = await asyncio.shield(unloads)
@@ -1377,6 +1371,15 @@ def parse_object(body: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ApiError(400, "the body is not a JSON object", "invalid_json")
     return value
+
+
+def compose_object(fields: dict[str, Any]) -> bytes:
+    """The JSON body of fields. Raises ApiError 400."""
+    try:
+        return json.dumps(fields, allow_nan=False).encode()
+    except ValueError:
+        text = "the body has a number that JSON cannot hold, such as 1e400"
+        raise ApiError(400, text, "invalid_json") from None
 
 
 def form_model(content_type: str, body: bytes) -> slice | None:
