@@ -1061,8 +1061,8 @@ class Jano:
             keys["authorization"] = credentials.strip()
         elif scheme.lower() == "basic":  # with any user name (RFC 7617)
             with contextlib.suppress(ValueError):
-                user_and_key = base64.b64decode(credentials).decode()
-                keys["authorization"] = user_and_key.partition(":")[2].strip()
+                _, _, password = base64.b64decode(credentials).decode().partition(":")
+                keys["authorization"] = password.strip()
         right = os.fsencode(self.settings.api_key)
         equal = hmac.compare_digest  # in a time that tells nothing
         return {name.encode() for name, key in keys.items() if equal(os.fsencode(key), right)}
