@@ -592,8 +592,8 @@ async def first_death(worker: Worker, members: list[Model], script: Script) -> S
             with Script(worker, "status") as status:
                 try:
                     await status.succeed(STATUS_TIMEOUT)
-                finally:  # maybe nobody waits for it any more
-                    await status.stop()
+                finally:  # the backend may be ready, and nobody waits for this script
+                    await status.stop(grace=0)
                 loaded = status.names(members, "loaded")
                 for model in status.names(members, "dead") + alive:
                     if model not in loaded:
@@ -675,13 +675,13 @@ class Script(contextlib.ExitStack[None]):
             ending = f"exited with code {code}" if code > 0 else f"was killed by signal {-code}"
             raise SwapFailed(f"the script {ending}", code=code, stderr=self.last_line())
 
-    async def stop(self) -> None:
-        """If it runs, send its process group SIGTERM, and two seconds later SIGKILL to the rest."""
+    async def stop(self, grace: float = 2) -> None:
+        """If it runs, send its process group SIGTERM, and grace seconds later SIGKILL."""
         if self.exited.done():  # what it has left in the background stays
             return
         with contextlib.suppress(ProcessLookupError, PermissionError):  # until nobody is left
             os.killpg(self.process.pid, signal.SIGTERM)
-            for _ in range(100):
+            for _ in range(round(grace / 0.02)):
                 await asyncio.sleep(0.02)
                 os.killpg(self.process.pid, 0)
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -1357,7 +1357,11 @@ def bare(route: str) -> str:
 
 MAX_VALUES = 2_000_000  # in a JSON body, more or less: half a second of parsing
 MAX_PARTS = 1000  # of a form
-MODEL_PART = rb'(?im)^content-disposition:[ \t]*form-data;[ \t]*name=("model"|model)[ \t]*\r'
+PARAMETER = rb';[ \t]*[a-z*]+=(?:"[^"\r\n]*"|[^\s;"]+)[ \t]*'
+MODEL_PART = (
+    rb"(?im)^content-disposition:[ \t]*form-data[ \t]*(?:" + PARAMETER + rb")*"
+    rb';[ \t]*name=(?:"model"|model)[ \t]*(?:' + PARAMETER + rb")*\r"
+)
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
@@ -1561,7 +1565,8 @@ async def refusal(upstream: Upstream, head: RawResponseMessage) -> ApiError:
         while len(body) < BUFFER and not upstream.body.at_eof():
             await upstream.more()
             body += upstream.body.read_nowait()
-    text = "" if "Content-Encoding" in head.headers else body.decode(errors="replace").strip()
+    plain = head.headers.get("Content-Encoding", "identity").lower() == "identity"
+    text = body.decode(errors="replace").strip() if plain else ""
     words: Any = None
     with contextlib.suppress(ValueError, RecursionError):
         words = json.loads(text)
@@ -1586,26 +1591,34 @@ class ApiError(Exception):
         super().__init__(text)
         self.status, self.code, self.headers, self.more = status, code, dict(headers), more
 
-    def payload(self, request: web.BaseRequest) -> dict[str, Any]:
-        """In the shape of the API that the client speaks: OpenAI's, Anthropic's or Ollama's."""
+    def payload(self, dialect: str) -> dict[str, Any]:
+        """In the shape of OpenAI's, Anthropic's or Ollama's API."""
+        if dialect == "ollama":
+            return {"error": str(self)}
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        messages = re.match(f"({UPSTREAM}.+)?(/v1)?/messages", request.path)
-        if messages or "anthropic-version" in request.headers:
+        if dialect == "anthropic":
             kind = ANTHROPIC_TYPES.get(self.status, kind.replace("server", "api"))
             return {"type": "error", "error": {"type": kind, "message": str(self)}}
-        if re.match(f"({UPSTREAM}.+)?/api/", request.path):
-            return {"error": str(self)}
         param = "model" if "accepted" in self.more else None
         error = {"message": str(self), "type": kind, "param": param, "code": self.code}
         return {"error": error, **self.more}
 
     def response(self, request: web.BaseRequest) -> web.Response:
         """For a client that has got nothing yet."""
-        return web.json_response(self.payload(request), status=self.status, headers=self.headers)
+        dialect = "openai"
+        if re.match(f"({UPSTREAM}.+)?/api/", request.path):
+            dialect = "ollama"
+        if re.match(f"({UPSTREAM}.+)?(/v1)?/messages", request.path):
+            dialect = "anthropic"
+        if "anthropic-version" in request.headers:
+            dialect = "anthropic"
+        payload = self.payload(dialect)
+        return web.json_response(payload, status=self.status, headers=self.headers)
 
     def event(self, call: Call) -> bytes:
         """For one that has got heartbeats: the end of its stream."""
-        payload = self.payload(call.request)
+        anthropic = call.stream == "messages" or "anthropic-version" in call.request.headers
+        payload = self.payload("anthropic" if anthropic else "openai")
         payload["error"]["type"] = self.code  # at "server_error" or "api_error", agents ask again
         if call.stream == "responses":
             response = {"object": "response", "status": "failed", "error": payload["error"]}

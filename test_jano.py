@@ -2587,7 +2587,8 @@ async def test_status_that_hangs_delays_no_swap(
     shared_jano: Shared, tmp_path: Path, chat: Backend, code: Backend
 ) -> None:
     asked = tmp_path / "asked"  # at the start
-    script = swap_script(tmp_path, status=f'[ ! -e "{asked}" ] || sleep 60; touch "{asked}"')
+    hang = 'trap "" TERM; sleep 60'
+    script = swap_script(tmp_path, status=f'if [ -e "{asked}" ]; then {hang}; fi; touch "{asked}"')
     models = [entry(chat), entry(code, url=f"{chat.url}/code")]
 
     async def look(request: web.Request) -> web.Response:
@@ -2597,7 +2598,7 @@ async def test_status_that_hangs_delays_no_swap(
     chat.look = look
     async with shared_jano(models, script) as daemon:
         await daemon.ask("code")
-        assert (await daemon.logged("swap ready"))["ms"] < 3000
+        assert (await daemon.logged("swap ready"))["ms"] < 2000
 
 
 async def test_health_with_a_header_of_9_kb_is_fine(
@@ -4220,7 +4221,7 @@ async def shared_slow(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator
     script_folder = tmp_path_factory.mktemp("slow")
     async with running_backend("chat") as backend:
         models = [
-            entry(backend),
+            entry(backend, aliases=["org/api/messages"]),
             entry(backend, name="asr", passthrough=True),
             entry(backend, name="broken", group="broken"),
         ]
@@ -4503,6 +4504,12 @@ async def test_swap_that_fails_after_heartbeats_is_told_in_the_routes_dialect(
     check_error_event(told, dialect, 'swap to "broken" failed')
 
 
+async def test_models_name_does_not_tell_the_dialect_of_an_event(slow: Slow) -> None:
+    sent = stream_bytes("/upstream/org/api/messages/v1/chat/completions")
+    [told] = await after_heartbeats(slow, sent, says(REFUSALS["vLLM"], status=400))
+    check_error_event(told, "OpenAI", "too long")
+
+
 async def test_backend_that_dies_after_heartbeats_is_told_as_an_error(slow: Slow) -> None:
     async def die(request: web.Request) -> web.StreamResponse:
         assert request.transport
@@ -4525,6 +4532,12 @@ async def test_gzip_sent_unasked_after_a_heartbeat_does_not_reach_the_client(slo
     answer = says(gzip.compress(STREAM), headers=headers)
     [told] = await after_heartbeats(slow, stream_bytes("/v1/chat/completions"), answer)
     assert told + b"\n\n" == STREAM or event_of(told)[1]["error"]["message"]
+
+
+async def test_refusal_that_says_it_is_not_packed_is_told_in_the_backends_words(slow: Slow) -> None:
+    answer = says(REFUSALS["vLLM"], status=400, headers={"Content-Encoding": "Identity"})
+    [told] = await after_heartbeats(slow, stream_bytes("/v1/chat/completions"), answer)
+    assert "too long" in event_of(told)[1]["error"]["message"]
 
 
 async def test_refusal_in_gzip_after_a_heartbeat_is_an_error_too(slow: Slow) -> None:
@@ -5559,6 +5572,13 @@ NAMED = {  # the path, headers and body of a POST, and the path that the backend
         b"--B\r\nX: y\r\ncontent-disposition: form-data; name=model\r\n\r\nasr\r\n--B--\r\n",
         "/asr/x",
     ),
+    "form with more about its parts": (
+        "/x",
+        [FORM],
+        b'--B\r\nContent-Disposition: form-data ; filename="name=model"; name="model"; x=y\r\n\r\n'
+        b"asr\r\n--B--\r\n",
+        "/asr/x",
+    ),
     "form with a form in a file": (
         SPEECH,
         [FORM],
@@ -5634,6 +5654,7 @@ BAD_FORMS = {  # what is appended to the Content-Type, and the body
     "a long boundary": ("B" * 70, form_bytes(ASR)),
     "a boundary beyond UTF-8": ("\xff", form_bytes(ASR)),
     "two models": ("", form_bytes(ASR, ASR)),
+    "two models, one in a file": ("", form_bytes(ASR, (b'model"; filename="x', b"asr"))),
     "a model beyond UTF-8": ("", form_bytes((b"model", b"\xff"))),
     "a model of 10 MB": ("", form_bytes((b"model", TEN_MB))),
     "more than 1000 parts": ("", form_bytes(ASR, *[(b"a", b"b")] * 10_000)),
