@@ -806,9 +806,9 @@ class Upstream(asyncio.Protocol):
     def __init__(self, idle: list[Upstream]) -> None:
         self.idle = idle  # where it waits for its next request
         self.loop = asyncio.get_running_loop()
-        self.parser = HttpResponseParser(
-            cast(Any, self), self.loop, BUFFER, read_until_eof=True, auto_decompress=False, **LIMITS
-        )
+        make = functools.partial(HttpResponseParser, cast(Any, self), self.loop, BUFFER, **LIMITS)
+        self.new_parser = functools.partial(make, read_until_eof=True, auto_decompress=False)
+        self.parser = self.new_parser()
         self.head: RawResponseMessage | None = None
         self.body: aiohttp.StreamReader = aiohttp.EMPTY_PAYLOAD
         self.rest = memoryview(b"")  # of a large body, still to be sent
@@ -864,6 +864,8 @@ class Upstream(asyncio.Protocol):
             self.close()
         else:
             self.deadline = self.loop.time() + KEEP_FOR
+            if self.head.chunked:  # its trailers would become headers of the next answer
+                self.parser = self.new_parser()
             if self.head.chunked and not self.usable_from:
                 self.usable_from = self.deadline - KEEP_FOR / 2
             self.head = self.waiter = None
@@ -1859,8 +1861,9 @@ def load_models(settings: Settings) -> list[Model]:
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object. Raises ValueError if a key is in it twice."""
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError(f"a key twice in {shown([key for key, _ in pairs])}")
+    for key, count in Counter(key for key, _ in pairs).items():
+        if count > 1:
+            raise ValueError(f"the key {shown(key)} twice in an object")
     return dict(pairs)
 
 

@@ -3587,6 +3587,23 @@ async def test_answer_without_a_body_says_nothing_of_how_a_stream_ends(peer: Pee
         assert await ask_peer(peer) == (200, b"word")
 
 
+async def test_trailers_are_no_headers_of_the_next_answer(peer: Peer) -> None:
+    connections: list[asyncio.StreamWriter] = []
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(writer)
+        while await peer.read(reader, writer):
+            writer.write(IN_CHUNKS + b"4\r\nword\r\n0\r\nX-Trailer: 1\r\n\r\n")
+
+    peer.talk = talk
+    assert await ask_peer(peer) == (200, b"word")
+    await asyncio.sleep(0.3)  # a connection that stays open for 0.25 s after a stream is used again
+    answer = await exchange(peer.jano, request_bytes("POST", "/x?model=peer"))
+    assert len(connections) == 1
+    assert b"word" in answer
+    assert b"X-Trailer" not in answer
+
+
 async def test_kept_connection_that_was_closed_just_before_is_not_used(peer: Peer) -> None:
     answered_first = asyncio.Event()
 
