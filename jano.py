@@ -116,7 +116,8 @@ class Decision(NamedTuple):
 class Schedule:
     """What the policy looks at, for one group of models. No I/O; the clock is passed in.
 
-    Sets are loaded, wait and take turns; a model without one is its own. Queues are of models.
+    What is loaded, waits and has turns is a set (a model without one is its own); queues are of
+    models.
     """
 
     def __init__(self, turn: float, linger: float) -> None:
@@ -124,7 +125,7 @@ class Schedule:
         self.linger = linger  # LINGER_MS
         self.slots: dict[str, int] = {}  # model -> how many of its tickets may be in flight
         self.set_of: dict[str, str] = {}  # model -> its set, or else its own name
-        # Tier and model -> its tickets, oldest first: an ordered set, which any can leave quickly.
+        # Tier and model -> its tickets, oldest first: an ordered set, which any can leave at once.
         self.queues: dict[tuple[int, str], OrderedDict[Ticket, None]] = defaultdict(OrderedDict)
         self.in_flight: set[Ticket] = set()
         self.loaded: str | None = None  # the set that owns the memory
@@ -145,11 +146,11 @@ class Schedule:
         queue[ticket] = None
         queue.move_to_end(ticket, last=ticket.granted is None)
         if name in self.idle_since:
-            left = self.idle_since.pop(name)
+            idle_since = self.idle_since.pop(name)
             if ticket.granted is None:
-                self.gaps.setdefault(name, deque(maxlen=2)).append(now - left)
-            waited = left - self.waiting_since.get(name, left)
-            if now > left + min(waited, MEMORY):
+                self.gaps.setdefault(name, deque(maxlen=2)).append(now - idle_since)
+            had_waited = idle_since - self.waiting_since.get(name, idle_since)
+            if now > idle_since + min(had_waited, MEMORY):  # too late: its wait is forgotten
                 self.waiting_since.pop(name, None)
         if name != self.loaded:
             self.waiting_since.setdefault(name, now)
@@ -330,7 +331,7 @@ class Worker:
         self.schedule.set_of[model.name] = model.set or model.name
 
     def members(self, name: str | None) -> list[Model]:
-        """A set's models: those in the file, as one that has left it holds up nobody; else all."""
+        """A set's models that models.json still has; if it has none of them, the old ones."""
         members = [each for each in self.models.values() if (each.set or each.name) == name]
         known = [each for each in members if self.jano.models.get(each.name) is each]
         return known or members
@@ -343,7 +344,7 @@ class Worker:
         name = self.schedule.set_of[ticket.model]
         fails, last = self.failures.get(name, (0, 0.0))
         seconds = math.ceil(last + self.settings.swap_failure_reset - clock()) if fails else 0
-        if fails >= self.settings.swap_failure_limit and seconds > 0:
+        if seconds > 0 and fails % self.settings.swap_failure_limit == 0:
             facts = {"id": ticket.id, "model": name, "fails": fails, "retry_in_s": seconds}
             log("warn", "failing fast: backend marked bad", **facts)
             text = f'"{name}" failed to load {fails} times in a row; next try in {seconds} s'
@@ -367,7 +368,7 @@ class Worker:
     def advance(self) -> None:
         """After any change: grant the turns that there are now, and note what is left to do."""
         now, schedule = clock(), self.schedule
-        if not self.holds:  # else the decision is stale, and renewed before `run` acts on it
+        if not self.holds:  # else no turn begins, and the decision stays as it was
             for ticket in schedule.advance(now):
                 if ticket.turn and not ticket.turn.done():  # done: its client has just left
                     ticket.turn.set_result(None)
@@ -475,8 +476,8 @@ class Worker:
             self.schedule.load(name, clock(), clock() - draining_since)
             log("info", "swap ready", **facts)
             return
-        fails = self.failures.get(name, (0, 0.0))[0] % self.settings.swap_failure_limit + 1
-        self.failures[name] = (fails, clock())  # from 1 again, once it was marked bad
+        fails = self.failures.get(name, (0, 0.0))[0] + 1
+        self.failures[name] = (fails, clock())
         if fails > 1:  # after one failure a slow load may still go on; after two, it hangs
             self.restart.add(name)
         log("error", "swap failed", **facts, fails=fails, err=str(failure), **failure.details)
@@ -495,7 +496,7 @@ class Worker:
                     self.deadline = None if goes_on else deadline
                     await wait_until_ready(self, name, script)
             except TimeoutError:
-                if deadline.when() == 0:  # by `advance`
+                if deadline.when() == 0:  # `advance` has set it: abandoned
                     self.abandoned.add(name)
                 stage, detail = self.stage
                 text = f"{stage} after {timeout:g} s{detail}"
@@ -592,7 +593,7 @@ async def first_death(worker: Worker, members: list[Model], script: Script) -> S
             with Script(worker, "status") as status:
                 try:
                     await status.succeed(STATUS_TIMEOUT)
-                finally:  # the backend may be ready, and nobody waits for this script
+                finally:  # cancelled, as the backend is ready: leave no script behind
                     await status.stop(grace=0)
                 loaded = status.names(members, "loaded")
                 for model in status.names(members, "dead") + alive:
@@ -600,8 +601,9 @@ async def first_death(worker: Worker, members: list[Model], script: Script) -> S
                         text = f'the server of "{model.name}" ended while it was loading'
                         return SwapFailed(text, stderr=status.last_line() or script.last_line())
             alive, interval = loaded, STATUS_INTERVAL
-        except SwapFailed:  # it says nothing of the servers
-            interval = STATUS_INTERVAL if alive else math.inf  # inf: there is no `status`
+        except SwapFailed as error:  # it says nothing of the servers
+            knows_no_status = not alive and error.details.get("code", 0) > 0
+            interval = math.inf if knows_no_status else STATUS_INTERVAL
 
 
 async def first_fault(models: list[Model], timeout: float) -> str | None:
@@ -654,12 +656,13 @@ class Script(contextlib.ExitStack[None]):
                 start_new_session=True,
                 env=environ,
             )
-        except (OSError, ValueError) as error:  # ValueError: a name that the locale cannot spell
+            self.exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+            threading.Thread(target=self._reap, daemon=True).start()
+        # ValueError: a name that the locale cannot spell. RuntimeError: too many threads.
+        except (OSError, ValueError, RuntimeError) as error:
             self.close()
             text = f"the script, or the program in its #! line, could not be started: {why(error)}"
             raise SwapFailed(text) from None
-        self.exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        threading.Thread(target=self._reap, daemon=True).start()
 
     def _reap(self) -> None:
         code = self.process.wait()
@@ -816,7 +819,7 @@ class Upstream(asyncio.Protocol):
         self.waiter: asyncio.Future[None] | None = None  # None: it is idle
         self.timeout = 0.0  # seconds for which the backend may be silent
         self.deadline = math.inf  # on the loop's clock, of who waits or of its idleness
-        self.usable_from = 0.0  # set after its first stream
+        self.usable_from = 0.0  # set by its first answer in chunks
         self.unread = select.poll()  # whether there is something to read, or the end
 
     def ask(self, request: bytes, body: bytes, timeout: float) -> None:
@@ -885,7 +888,7 @@ class Upstream(asyncio.Protocol):
         """Close it if it was idle, or the backend silent, for too long. Look again soon."""
         now = self.loop.time()
         blocked = self.waiter and self.waiter.done()  # by a client that does not read
-        # If there is something to read, the machine slept, and the answer or the end comes next.
+        # Unread bytes: this process was late (the machine slept), not the backend.
         if now < self.deadline or blocked or self.unread.poll(0):
             delay = min(KEEP_FOR, max(0.1, self.deadline - now))
             self.timer = self.loop.call_later(delay, self.check_deadline)
@@ -899,13 +902,16 @@ class Upstream(asyncio.Protocol):
         self.check_deadline()
 
     def data_received(self, data: bytes) -> None:
+        if self.waiter is None:
+            self.close("sent what nobody had asked for")
+            return
         try:
             messages = self.parser.feed_data(data)[0]
         except Exception as error:  # whatever the parser makes of what a backend sends
             self.close(f"sent what is not HTTP ({type(error).__name__})")
             return
         for head, body in messages:
-            if not self.waiter or self.head or head.code == 101:
+            if self.head or head.code == 101:
                 self.close("sent what nobody had asked for")
             elif head.code >= 200:  # 1xx is interim, and for this hop
                 self.head, self.body = head, body
@@ -918,7 +924,7 @@ class Upstream(asyncio.Protocol):
             with contextlib.suppress(OSError):
                 while data := os.read(self.transport.get_extra_info("socket").fileno(), BUFFER):
                     self.data_received(data)
-        if self.head and not exc:
+        if self.head and not exc and not self.failure:
             # The end of the connection ends a body without a length. A reset does not.
             with contextlib.suppress(HttpProcessingError):
                 self.parser.feed_eof()
@@ -1165,7 +1171,7 @@ class Jano:
             raise SHUTTING_DOWN()
         size = len(call.body)
         if call.worker:
-            # To count who waits takes long; with fewer calls there is room.
+            # To count who waits is slow: only where the limit may have been reached.
             if len(self.calls) >= self.settings.max_queue or self.held_bytes + size > MAX_HELD:
                 self.refuse_if_full(size)
             log("info", "enqueued", id=call.id, model=call.model)
@@ -1223,6 +1229,7 @@ class Jano:
                 code = "backend_timeout" if error.status == 504 else "backend_died"
                 code = code if error.sent else "backend_unreachable"
                 raise ApiError(error.status, f'backend "{call.model}" {error}', code) from None
+        # Moved, or not reached at the first try: it waits again.
         return await self.take_turn(call)
 
     def settle(self, call: Call, error: BaseException | None = None) -> None:
@@ -1359,11 +1366,9 @@ def bare(route: str) -> str:
 
 MAX_VALUES = 2_000_000  # in a JSON body, more or less: half a second of parsing
 MAX_PARTS = 1000  # of a form
-PARAMETER = rb';[ \t]*[a-z*]+=(?:"[^"\r\n]*"|[^\s;"]+)[ \t]*'
-MODEL_PART = (
-    rb"(?im)^content-disposition:[ \t]*form-data[ \t]*(?:" + PARAMETER + rb")*"
-    rb';[ \t]*name=(?:"model"|model)[ \t]*(?:' + PARAMETER + rb")*\r"
-)
+PARAMETER = rb';[ \t]*([a-z*]+)=("[^"\r\n]*"|[^\s;"]+)[ \t]*'
+# *+ keeps what it has matched: with * a client could stop jano for minutes.
+PART = rb"(?im)^content-disposition:[ \t]*form-data[ \t]*((?:" + PARAMETER + rb")*+)\r"
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
@@ -1400,8 +1405,10 @@ def form_model(content_type: str, body: bytes) -> slice | None:
         end = body.find(b"\r\n" + line, content - 2)
         if content < 4 or end < 0 or not body.startswith(b"\r\n", at):
             break
-        if re.search(MODEL_PART, body[at:content]):
-            models.append(slice(content, max(content, end)))
+        for parameters, *_ in re.findall(PART, body[at:content]):
+            for name, value in re.findall(b"(?i)" + PARAMETER, parameters):
+                if name.lower() == b"name" and value.strip(b'"') == b"model":
+                    models.append(slice(content, max(content, end)))
         at = end + 2 + len(line)
         if body.startswith(b"--", at) and not body[at + 2 :].strip() and len(models) < 2:
             return models[0] if models else None
@@ -1439,7 +1446,7 @@ class Call(Ticket):
     chunked: bool = False  # the answer's body is sent in chunks
     keep_alive: bool = True
     beats: int = 0  # heartbeats sent
-    beating: bool = True  # another one may be sent, even within the answer
+    beating: bool = True  # another one may be sent: until the answer's first byte
     timer: asyncio.TimerHandle | None = None  # of the next one
     relaying: bool = False  # the backend's answer has begun
     sent_status: int = 0  # what the client is told

@@ -3669,8 +3669,17 @@ SURPLUS = OK + b"Content-Length: 5\r\n\r\nwrong"
         (b"\r\n", 0.02),
         (b"x", 0.02),
         (b"0\r\n\r\n", 0.02),
+        (OK + b"X: ", 0.02),
     ],
-    ids=["an answer at once", "an answer", "a line at once", "a line", "x", "a chunk"],
+    ids=[
+        "an answer at once",
+        "an answer",
+        "a line at once",
+        "a line",
+        "x",
+        "a chunk",
+        "half a head",
+    ],
 )
 async def test_bytes_after_an_answer_spoil_nothing(
     peer: Peer, surplus: bytes, pause: float
@@ -3748,6 +3757,7 @@ CUT_WITHIN_THE_ANSWER = {  # the head, then what follows it once the client has 
     "chunks that cease to be chunks": (IN_CHUNKS, b"4\r\nhalf\r\nx\r\n" + HELD, 502),
     "silence within chunks": (IN_CHUNKS, b"4\r\nhalf\r\n" + HELD, 504),
     "silence within a known length": (SIZED, b"half" + HELD, 504),
+    "silence within what lasts until the end": (OLD + b"\r\n", b"half" + HELD, 504),
     "a reset of what lasts until the end": (OLD + b"\r\n", b"half" + RESET, 502),
 }
 
@@ -5675,6 +5685,10 @@ BAD_FORMS = {  # what is appended to the Content-Type, and the body
     "a model beyond UTF-8": ("", form_bytes((b"model", b"\xff"))),
     "a model of 10 MB": ("", form_bytes((b"model", TEN_MB))),
     "more than 1000 parts": ("", form_bytes(ASR, *[(b"a", b"b")] * 10_000)),
+    "a million parameters": (
+        "",
+        b"--B\r\nContent-Disposition: form-data%b;!\r\n\r\n" % (b";name=model" * 10**6),
+    ),
     "a header of 10 MB": ("", b"--B\r\nX: " + TEN_MB + b"\r\n\r\n\r\n--B--\r\n"),
     "a form within": (
         "",
