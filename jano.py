@@ -328,11 +328,11 @@ class Worker:
         """Use this entry from now on, for what waits already, too."""
         self.models[model.name] = model
         self.schedule.slots[model.name] = model.slots
-        self.schedule.set_of[model.name] = model.set or model.name
+        self.schedule.set_of[model.name] = model.set_name
 
     def members(self, name: str | None) -> list[Model]:
         """A set's models that models.json still has; if it has none of them, the old ones."""
-        members = [each for each in self.models.values() if (each.set or each.name) == name]
+        members = [each for each in self.models.values() if each.set_name == name]
         known = [each for each in members if self.jano.models.get(each.name) is each]
         return known or members
 
@@ -462,9 +462,10 @@ class Worker:
             failure = error
         finally:
             self.swapping = self.deadline = None
-        seconds = clock() - self.swap_began
+        now = clock()
+        seconds = now - self.swap_began
         for ticket in self.schedule.waiting():
-            ticket.swapping += clock() - max(self.swap_began, ticket.arrived)
+            ticket.swapping += now - max(self.swap_began, ticket.arrived)
         facts = {"model": name, "ms": round(1000 * seconds)}
         if name in self.abandoned:
             log("info", "swap abandoned: nobody waits for it", **facts)
@@ -473,11 +474,11 @@ class Worker:
         if failure is None:
             self.failures.pop(name, None)
             self.restart.discard(name)
-            self.schedule.load(name, clock(), clock() - draining_since)
+            self.schedule.load(name, now, now - draining_since)
             log("info", "swap ready", **facts)
             return
         fails = self.failures.get(name, (0, 0.0))[0] + 1
-        self.failures[name] = (fails, clock())
+        self.failures[name] = (fails, now)
         if fails > 1:  # after one failure a slow load may still go on; after two, it hangs
             self.restart.add(name)
         log("error", "swap failed", **facts, fails=fails, err=str(failure), **failure.details)
@@ -869,8 +870,7 @@ class Upstream(asyncio.Protocol):
             self.deadline = self.loop.time() + KEEP_FOR
             if self.head.chunked:  # its trailers would become headers of the next answer
                 self.parser = self.new_parser()
-            if self.head.chunked and not self.usable_from:
-                self.usable_from = self.deadline - KEEP_FOR / 2
+                self.usable_from = self.usable_from or self.deadline - KEEP_FOR / 2
             self.head = self.waiter = None
             self.idle.append(self)
 
@@ -1003,10 +1003,9 @@ class Jano:
     def state_of(self, model: Model) -> str:
         """What /v1/models says of it."""
         worker = self.workers.get(model.group)
-        name = model.set or model.name
-        if worker is None or name == worker.schedule.loaded:
+        if worker is None or model.set_name == worker.schedule.loaded:
             return "loaded"
-        return "loading" if name == worker.swapping else "unloaded"
+        return "loading" if model.set_name == worker.swapping else "unloaded"
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request; every error in the dialect of who asks."""
@@ -1014,7 +1013,8 @@ class Jano:
         method = "GET" if request.method == "HEAD" else request.method
         route = "/v1/models/" if path.startswith("/v1/models/") else path
         allowed, handler = self.routes.get(route, ("POST", None))
-        named = request.query.get("model") or headers.get("X-Model") or path.startswith(UPSTREAM)
+        name = request.query.get("model") or headers.get("X-Model", "")
+        named = name or path.startswith(UPSTREAM)
         try:
             self.check_client(request)
             if handler and method == allowed:
@@ -1029,7 +1029,7 @@ class Jano:
                 upgrade = {"Upgrade": "HTTP/1.1", "Connection": "upgrade"}  # RFC 9110, 15.5.22
                 raise ApiError(426, "WebSockets are not served here", "no_websocket", upgrade)
             elif handler is None and (method == "POST" or (named and method != "CONNECT")):
-                return await self.serve(await self.read_call(request, named))
+                return await self.serve(await self.read_call(request, name))
             elif handler is None and method == "GET":
                 text = f"there is no {shown(path)} here; name a model to ask its backend"
                 raise ApiError(404, text, "unknown_route")
@@ -1085,8 +1085,8 @@ class Jano:
         headers = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
         return headers | {"Access-Control-Expose-Headers": exposed}
 
-    async def read_call(self, request: web.BaseRequest, named: str | bool) -> Call:
-        """Read what is asked of which model. named: its name, or whether it is in the path."""
+    async def read_call(self, request: web.BaseRequest, name: Any) -> Call:
+        """Read what is asked of which model; name is that in the query or header, if any."""
         body = await self.read_body(request)
         fields: dict[str, Any] = {}
         part = None  # where in a form its model stands
@@ -1097,9 +1097,9 @@ class Jano:
             elif request.method == "POST":
                 fields = parse_object(body)
         except ApiError:
-            if not named:  # otherwise it is the backend's matter
+            if not (name or request.path.startswith(UPSTREAM)):  # else it is the backend's matter
                 raise
-        name = fields.get("model") or named
+        name = fields.get("model") or name
         path, target = request.path, request.raw_path.partition("#")[0]
         if not target.startswith("/"):  # an address, or * (RFC 9112, 3.2)
             target = "/" + request.rel_url.raw_path_qs.removeprefix("/")
@@ -1481,8 +1481,8 @@ class Call(Ticket):
         length = None if head.chunked else head.headers.get("Content-Length")
         content_type = head.headers.get("Content-Type", "").lower()
         events = "event-stream" in content_type
-        plain = head.headers.get("Content-Encoding", "identity").lower() == "identity"
-        self.beating = head.code == 200 and events and plain and (self.beats > 0 or not length)
+        endless = self.beats > 0 or not length
+        self.beating = head.code == 200 and events and endless and not is_packed(head)
         if events or "json" in content_type:
             self.excerpt = bytearray()
         if self.beats:
@@ -1567,6 +1567,10 @@ def end_to_end(head: Any, drop: set[bytes]) -> list[bytes]:
     return lines
 
 
+def is_packed(head: RawResponseMessage) -> bool:
+    return head.headers.get("Content-Encoding", "identity").lower() != "identity"
+
+
 async def refusal(upstream: Upstream, head: RawResponseMessage) -> ApiError:
     """Why there is no stream for a client that has had heartbeats: the backend's own words."""
     body = upstream.body.read_nowait()
@@ -1574,8 +1578,7 @@ async def refusal(upstream: Upstream, head: RawResponseMessage) -> ApiError:
         while len(body) < BUFFER and not upstream.body.at_eof():
             await upstream.more()
             body += upstream.body.read_nowait()
-    plain = head.headers.get("Content-Encoding", "identity").lower() == "identity"
-    text = body.decode(errors="replace").strip() if plain else ""
+    text = "" if is_packed(head) else body.decode(errors="replace").strip()
     words: Any = None
     with contextlib.suppress(ValueError, RecursionError):
         words = json.loads(text)
@@ -1617,9 +1620,8 @@ class ApiError(Exception):
         dialect = "openai"
         if re.match(f"({UPSTREAM}.+)?/api/", request.path):
             dialect = "ollama"
-        if re.match(f"({UPSTREAM}.+)?(/v1)?/messages", request.path):
-            dialect = "anthropic"
-        if "anthropic-version" in request.headers:
+        messages = re.match(f"({UPSTREAM}.+)?(/v1)?/messages", request.path)
+        if messages or "anthropic-version" in request.headers:
             dialect = "anthropic"
         payload = self.payload(dialect)
         return web.json_response(payload, status=self.status, headers=self.headers)
@@ -1797,6 +1799,11 @@ class Model:
     headers: dict[str, str] = option(HEADERS, {})
     unlisted: bool = option(TRUTH, False)
     metadata: dict[str, Any] = option(OBJECT, {})
+
+    @property
+    def set_name(self) -> str:
+        """What SWAP_COMMAND loads for it: its set, or else itself."""
+        return self.set or self.name
 
     @property
     def keys(self) -> frozenset[str]:
