@@ -382,7 +382,7 @@ class Worker:
             self.unload_at = max(since, schedule.loaded_at) + self.settings.idle_unload
         if not schedule.in_flight:
             self.drained.set()
-            if schedule.decision.swap_to is not None or now >= self.unload_at:
+            if schedule.decision.swap_to or "check" in self.holds or now >= self.unload_at:
                 self.due.set()
         if self.timer:
             self.timer.cancel()
@@ -407,6 +407,8 @@ class Worker:
                     timeout = min(PROBE_TIMEOUT, self.settings.request_timeout)
                     fault = await first_fault(self.members(name), timeout)
                     if name is not None and fault is not None:
+                        if self.schedule.in_flight:  # they may keep it busy: ask again after them
+                            continue
                         self.schedule.unload(clock())
                         self.restart.add(name)
                         log("warn", "backend is gone", model=name, err=fault)

@@ -2169,6 +2169,16 @@ async def test_unload_that_fails_after_its_client_has_left_is_no_bug(
         assert (await daemon.ask("chat"))[0] == 200
 
 
+async def test_unload_waits_until_it_is_known_what_is_loaded(tmp_path: Path, chat: Backend) -> None:
+    script = gated_script(tmp_path, "status", then='echo "chat: loaded"')
+    async with running_jano(tmp_path, [entry(chat)], script) as daemon:
+        unload = daemon.background(post_path(daemon, "/unload"))
+        await asyncio.sleep(0.15)  # nothing may happen, so there is nothing to wait for
+        assert calls(tmp_path) == []
+        (tmp_path / "go").touch()
+        assert await event(unload) == (200, {"unloaded": ["chat"]})
+
+
 async def test_script_never_runs_twice_at_once(
     tmp_path: Path, chat: Backend, code: Backend
 ) -> None:
@@ -2918,6 +2928,30 @@ async def test_backend_that_failed_and_is_ready_is_asked_again(
     backend.answer = backend.plain
     assert (await troubled.daemon.ask(name))[0] == 200
     assert troubled.calls_for(name) == []
+
+
+async def test_backend_that_answers_others_is_not_restarted(
+    shared_jano: Shared, tmp_path: Path, chat: Backend
+) -> None:
+    """Some engines look after /health on the thread that computes."""
+    asked = asyncio.Event()
+
+    async def busy(_: web.Request) -> web.StreamResponse:
+        asked.set()
+        return web.Response(status=200 if chat.release.is_set() else 503)
+
+    chat.answer = chat.held
+    async with shared_jano([entry(chat, slots=2)]) as daemon:
+        running = await daemon.queued("chat")
+        await event(chat.arrived.get())
+        chat.look, chat.answer = busy, says(b"{}", status=500)
+        assert (await daemon.post("chat")).status == 500
+        await event(asked.wait())
+        chat.answer = chat.plain
+        waiting = await daemon.queued("chat")
+        chat.release.set()
+        assert await statuses(running + waiting) == [200, 200]
+    assert calls(tmp_path) == []
 
 
 async def test_only_the_swap_after_a_failure_is_told_to_restart(
