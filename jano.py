@@ -11,12 +11,12 @@
 The worker grants, the handler forwards: a request's handler puts a ticket into its group's queue,
 awaits its turn and forwards. Each group has one worker, which alone changes what is loaded.
 
-model        an entry of models.json           turn         a ticket's permission to forward
-backend      the server behind a model         in flight    turns not yet finished
-loaded       what owns the memory now          drain        admit nothing, await what is in flight
-group        models that share one memory      swap         drain, run the script, await readiness
-set          models that are loaded together   passthrough  a resident model: no queue, no swap
-ticket       a request's place in the queue
+model        an entry of models.json           turn         a ticket's permission to forward; a
+backend      the server behind a model                      set's is its time as the loaded one
+loaded       what owns the memory now          in flight    tickets' turns not yet finished
+group        models that share one memory      drain        admit nothing, await what is in flight
+set          models that are loaded together   swap         drain, run the script, await readiness
+ticket       a request's place in the queue    passthrough  a resident model: no queue, no swap
 
 The swap contract: `SWAP_COMMAND <name>` makes that model or set the live one and exits 0, also if
 it is live already. Optional: `status` prints lines `<model>: loaded` or `<model>: dead`; `unload`
@@ -79,9 +79,9 @@ __version__ = "2.0.0"
 # -------------------------------------------------------------------------------- policy ----
 
 PRIORITY, DEFAULT, FLEX = range(3)  # tiers, by the request's service_tier; the lowest goes first
-MEMORY = 60.0  # seconds, at most, for which a set keeps its place when nobody waits for it
+MEMORY = 60.0  # seconds, at most, for which a set keeps its place when its clients have left
 ANTICIPATION = 0.5  # seconds, at most, that an idle set stays without LINGER_MS
-PATIENCE = 8.0  # a set's patience, as a multiple of the waits in its last turn (see `unload`)
+PATIENCE = 8.0  # a set's patience, as a multiple of the waits in its last turn: `note_unloaded`
 
 
 @dataclass(eq=False)
@@ -91,9 +91,9 @@ class Ticket:
     model: str
     arrived: float
     tier: int = DEFAULT
-    granted: float | None = None  # known on arrival: it had a turn already, in vain
-    turn: asyncio.Future[None] | None = None  # what its handler awaits
-    swapping: float = 0.0  # seconds of its wait that went into swaps
+    granted: float | None = None  # when its turn began; on arrival: it had one already, in vain
+    admitted: asyncio.Future[None] | None = None  # what its handler awaits
+    swap_wait: float = 0.0  # seconds of its wait that went into swaps
     id: str = ""  # in the log, and x-request-id
 
 
@@ -120,8 +120,8 @@ class Schedule:
     models.
     """
 
-    def __init__(self, turn: float, linger: float) -> None:
-        self.turn = turn  # MAX_TURN_MS; 0 is plain greed
+    def __init__(self, max_turn: float, linger: float) -> None:
+        self.max_turn = max_turn  # MAX_TURN_MS; 0 is plain greed
         self.linger = linger  # LINGER_MS
         self.slots: dict[str, int] = {}  # model -> how many of its tickets may be in flight
         self.set_of: dict[str, str] = {}  # model -> its set, or else its own name
@@ -132,10 +132,10 @@ class Schedule:
         self.loaded_at = 0.0
         self.longest_wait = 0.0  # since loaded_at, of a ticket of the loaded set
         self.cost: dict[str, float] = {}  # set -> seconds from "admit no more" to ready
-        self.waiting_since: dict[str, float] = {}  # set that is not loaded -> when its wait began
+        self.waiting_since: dict[str, float] = {}  # set -> when its wait began; see MEMORY
         self.patient_until: dict[str, float] = {}  # set -> until when another's turn may go on
         self.idle_since: dict[str, float] = {}  # set -> since when nothing of it waits or runs
-        self.gaps: dict[str, deque[float]] = {}  # set -> its last two idle times that ended
+        self.pauses: dict[str, deque[float]] = {}  # set -> its last two idle times that ended
         self.decision = self.nothing = Decision()  # what remains to be done
         self.draining_since: float | None = None  # when admission stopped, for the swap that is due
 
@@ -145,12 +145,12 @@ class Schedule:
         queue = self.queues[ticket.tier, ticket.model]
         queue[ticket] = None
         queue.move_to_end(ticket, last=ticket.granted is None)
-        if name in self.idle_since:
+        if name in self.idle_since:  # the first ticket after a pause
             idle_since = self.idle_since.pop(name)
             if ticket.granted is None:
-                self.gaps.setdefault(name, deque(maxlen=2)).append(now - idle_since)
+                self.pauses.setdefault(name, deque(maxlen=2)).append(now - idle_since)
             had_waited = idle_since - self.waiting_since.get(name, idle_since)
-            if now > idle_since + min(had_waited, MEMORY):  # too late: its wait is forgotten
+            if now > idle_since + min(had_waited, MEMORY):  # too late: a new wait begins
                 self.waiting_since.pop(name, None)
         if name != self.loaded:
             self.waiting_since.setdefault(name, now)
@@ -164,11 +164,11 @@ class Schedule:
         if name not in running and not any(self.waiting(name)):
             self.idle_since.setdefault(name, now)
 
-    def unload(self, now: float) -> None:
-        """Nothing is loaded any more: a swap begins, the memory is freed, a backend has died."""
+    def note_unloaded(self, now: float) -> None:
+        """Nothing is loaded any more: a swap begins, the memory is freed, a backend is gone."""
         if self.loaded is None:
             return
-        # Its patience grows with the shorter of two waits: the others', its own tickets' longest.
+        # Patient is who has made others wait and has a queue: both waits count, the shorter one.
         others = [ticket for ticket in self.heads() if self.set_of[ticket.model] != self.loaded]
         made_wait = now - min(map(self.waits_since, others), default=now)
         self.patient_until[self.loaded] = now + PATIENCE * min(made_wait, self.longest_wait)
@@ -176,7 +176,7 @@ class Schedule:
             self.waiting_since[self.loaded] = now
         self.loaded = None
 
-    def load(self, name: str, now: float, cost: float | None = None) -> None:
+    def note_loaded(self, name: str, now: float, cost: float | None = None) -> None:
         """This set is ready; cost is the time from "admit no more", None if nobody measured."""
         self.loaded, self.loaded_at, self.longest_wait = name, now, 0.0
         self.waiting_since.pop(name, None)
@@ -235,28 +235,28 @@ def decide(schedule: Schedule, now: float) -> Decision:
     running = [ticket.model for ticket in schedule.in_flight]
     ready = [head.model for head in favoured if running.count(head.model) < slots[head.model]]
     first = take_next(queue, ready)
-    serve = Decision(first if ready else None)
+    go_on = Decision(first if ready else None)  # None: all slots are taken
     if first is None or not others:
-        return serve
-    if not schedule.turn:  # plain greed: no swap while the loaded set has tickets
-        return serve if favoured else Decision(swap_to=schedule.set_of[first.model])
-    return serve_or_swap(schedule, favoured, others, serve, now)
+        return go_on
+    if not schedule.max_turn:  # plain greed: no swap while the loaded set has tickets
+        return go_on if favoured else Decision(swap_to=schedule.set_of[first.model])
+    return serve_or_swap(schedule, favoured, others, go_on, now)
 
 
 def serve_or_swap(
-    schedule: Schedule, favoured: list[Ticket], others: list[Ticket], serve: Decision, now: float
+    schedule: Schedule, favoured: list[Ticket], others: list[Ticket], go_on: Decision, now: float
 ) -> Decision:
-    """What to do while other sets wait. Next is the one that has waited longest.
+    """What to do while other sets wait; the next set is the one that has waited longest.
 
-    The clock runs only while another set waits. A turn lasts MAX_TURN_MS and two round trips, or
-    slow loads would take most of the time. With long queues even that means too many swaps: so
-    tickets that arrived before the turn's end are served after it, too, until the patience of the
-    least patient waiting set is used up.
+    A turn is limited only while another set waits: to MAX_TURN_MS and two round trips (loading the
+    next set, and this one again), or slow loads would take most of the time. With long queues even
+    that means too many swaps: so tickets that arrived before the turn's end are served after it,
+    too, until the patience of the least patient waiting set is used up.
 
     What is idle stays for ANTICIPATION, or a twentieth of a round trip if that is less: a program
     may send a small request to another model just before its main one. If one of the last two
     pauses was at most LINGER_MS, the client will probably be back: then it stays for LINGER_MS, but
-    next waits no longer than the round trip that leaving would cost.
+    the next set waits no longer than the round trip that leaving would cost.
     """
     # A wait begins anew when a set is unloaded; else one with a long queue would always be next.
     head = min(others, key=schedule.waits_since)
@@ -267,15 +267,15 @@ def serve_or_swap(
     contested_since = max(schedule.loaded_at, schedule.waits_since(head))
     trip = schedule.cost.get(loaded, 0.0) + schedule.cost.get(name, 0.0)  # there and back
     begins = contested_since + 2 * trip  # MAX_TURN_MS counts from here
-    ends = begins + schedule.turn
+    ends = begins + schedule.max_turn
     if favoured and favoured[0].arrived < ends:
-        ends = begins + max(schedule.turn, min(map(schedule.patience, others)))
+        ends = max(ends, begins + min(map(schedule.patience, others)))
     if now >= ends or (head.tier == PRIORITY and not favoured):
         return swap
     if favoured or schedule.in_flight:
-        return serve
+        return go_on
     until = head.arrived + min(ANTICIPATION, trip / 20)
-    if min(schedule.gaps.get(loaded, ()), default=math.inf) <= schedule.linger:
+    if min(schedule.pauses.get(loaded, ()), default=math.inf) <= schedule.linger:
         lingering = schedule.idle_since.get(loaded, 0.0) + schedule.linger
         until = max(until, min(lingering, contested_since + trip))
     return Decision(until=until) if now < until else swap
@@ -287,8 +287,8 @@ def serve_or_swap(
 class SwapFailed(Exception):
     """Why, fit for a client: no path, no output of the script. details are for the log."""
 
-    def __init__(self, why: str, **details: Any) -> None:
-        super().__init__(why)
+    def __init__(self, text: str, **details: Any) -> None:
+        super().__init__(text)
         self.details = details
 
 
@@ -306,8 +306,8 @@ class Worker:
         self.schedule = Schedule(self.settings.max_turn, self.settings.linger)
         self.models: dict[str, Model] = {}  # one gone from the file stays, for its tickets
         self.lock = asyncio.Lock()
-        self.due = asyncio.Event()  # `run` has a swap, a health check or an unload to do
-        self.drained = asyncio.Event()  # when nothing is in flight; `unload` clears it
+        self.due = asyncio.Event()  # wakes `run`: a swap, a health check or an unload is to do
+        self.drained = asyncio.Event()  # `unload` clears it, and awaits that nothing is in flight
         self.holds: set[str] = set()  # why no turn is granted now: "check", "unload"
         self.timer: asyncio.TimerHandle | None = None  # of the next `advance`
         self.unload_at = math.inf  # when what is loaded will have been idle for IDLE_UNLOAD_MS
@@ -352,11 +352,11 @@ class Worker:
         if ticket.granted is None:
             self.naive_swaps += name != self.naive_loaded
             self.naive_loaded = name
-        ticket.turn = asyncio.get_running_loop().create_future()
+        ticket.admitted = asyncio.get_running_loop().create_future()
         self.schedule.arrive(ticket, clock())
         try:
             self.advance()
-            await ticket.turn
+            await ticket.admitted
             yield
         except BackendError:
             self.backend_failed(ticket.model)
@@ -370,12 +370,12 @@ class Worker:
         now, schedule = clock(), self.schedule
         if not self.holds:  # else no turn begins, and the decision stays as it was
             for ticket in schedule.advance(now):
-                if ticket.turn and not ticket.turn.done():  # done: its client has just left
-                    ticket.turn.set_result(None)
+                if ticket.admitted and not ticket.admitted.done():  # done: its client has just left
+                    ticket.admitted.set_result(None)
         waiting = any(schedule.queues.values())
         in_vain = self.swapping and waiting and not any(schedule.waiting(self.swapping))
         if in_vain and self.deadline and not self.deadline.expired():
-            self.deadline.reschedule(0)  # nobody waits for this swap any more, but others do
+            self.deadline.reschedule(0)  # expires at once: only others wait
         self.unload_at = math.inf
         if self.settings.idle_unload and schedule.loaded and not (schedule.in_flight or waiting):
             since = schedule.idle_since.get(schedule.loaded, 0.0)
@@ -409,7 +409,7 @@ class Worker:
                     if name is not None and fault is not None:
                         if self.schedule.in_flight:  # they may keep it busy: ask again after them
                             continue
-                        self.schedule.unload(clock())
+                        self.schedule.note_unloaded(clock())
                         self.restart.add(name)
                         log("warn", "backend is gone", model=name, err=fault)
                     self.holds.discard("check")
@@ -424,17 +424,17 @@ class Worker:
         urls = Counter(model.url for model in self.models.values())
         likely = [model.name for model in self.models.values() if urls[model.url] == 1]
         try:
-            with Script(self, "status") as status:
-                await status.succeed(STATUS_TIMEOUT)
-                likely = [each.name for each in status.names([*self.models.values()], "loaded")]
+            with Script(self, "status") as asked:
+                await asked.succeed(STATUS_TIMEOUT)
+                likely = [each.name for each in asked.names([*self.models.values()], "loaded")]
         except SwapFailed as error:
             log("info", "status failed", group=self.group, err=str(error), **error.details)
         for name in dict.fromkeys(self.schedule.set_of.values()):
             members = self.members(name)
             all_likely = all(model.name in likely for model in members)
             if members and all_likely and await first_fault(members, PROBE_TIMEOUT) is None:
-                self.schedule.load(name, clock())
-                self.jano.telemetry.loaded_at[name] = utc(time.time())
+                self.schedule.note_loaded(name, clock())
+                self.jano.telemetry.load_times[name] = utc(time.time())
                 self.jano.telemetry.note_health(members, "up")
                 # A proxy without a queue would have found it, too, and swapped once at most.
                 self.naive_loaded = self.naive_loaded or name
@@ -453,7 +453,7 @@ class Worker:
         previous = self.schedule.loaded
         draining_since = self.schedule.draining_since or clock()
         # From here on nobody may be sent to the old model, nor to a half-started new one.
-        self.schedule.unload(clock())
+        self.schedule.note_unloaded(clock())
         self.swapping, self.swap_began = name, clock()
         self.jano.telemetry.note_health(self.members(previous), "unknown")
         log("info", "swap requested", model=name, previous=previous)
@@ -467,7 +467,7 @@ class Worker:
         now = clock()
         seconds = now - self.swap_began
         for ticket in self.schedule.waiting():
-            ticket.swapping += now - max(self.swap_began, ticket.arrived)
+            ticket.swap_wait += now - max(self.swap_began, ticket.arrived)
         facts = {"model": name, "ms": round(1000 * seconds)}
         if name in self.abandoned:
             log("info", "swap abandoned: nobody waits for it", **facts)
@@ -476,7 +476,7 @@ class Worker:
         if failure is None:
             self.failures.pop(name, None)
             self.restart.discard(name)
-            self.schedule.load(name, now, now - draining_since)
+            self.schedule.note_loaded(name, now, now - draining_since)
             log("info", "swap ready", **facts)
             return
         fails = self.failures.get(name, (0, 0.0))[0] + 1
@@ -499,7 +499,7 @@ class Worker:
                     self.deadline = None if goes_on else deadline
                     await wait_until_ready(self, name, script)
             except TimeoutError:
-                if deadline.when() == 0:  # `advance` has set it: abandoned
+                if deadline.when() == 0:  # set by `advance`: nobody waits for this swap
                     self.abandoned.add(name)
                 stage, detail = self.stage
                 text = f"{stage} after {timeout:g} s{detail}"
@@ -518,7 +518,7 @@ class Worker:
                 self.advance()
                 await self.drained.wait()
                 previous = self.schedule.loaded
-                self.schedule.unload(clock())
+                self.schedule.note_unloaded(clock())
                 self.naive_loaded = None  # any other proxy has to load anew, too
                 self.jano.telemetry.note_health(self.members(previous), "unknown")
                 log("info", "unload requested", model=previous)
@@ -536,8 +536,8 @@ class Worker:
         """No turn will come here for these tickets, which wait."""
         for ticket in [*tickets]:
             self.schedule.leave(ticket, clock())
-            if ticket.turn and not ticket.turn.done():
-                ticket.turn.set_exception(error())
+            if ticket.admitted and not ticket.admitted.done():
+                ticket.admitted.set_exception(error())
 
     def close(self, refusal: Callable[[], ApiError]) -> None:
         """Take no ticket any more. A script that runs, and the backends, go on."""
@@ -587,22 +587,22 @@ async def wait_until_ready(worker: Worker, name: str, script: Script) -> None:
 
 
 async def first_death(worker: Worker, members: list[Model], script: Script) -> SwapFailed:
-    """Ask `status` now and then, until one of their servers has ended while it was loading."""
-    alive: list[Model] = []  # whom `status` has named
+    """Ask `status` until one of their servers has ended while it was loading; returns why."""
+    alive: list[Model] = []  # whom `status` has named as loaded, the last time
     interval = STATUS_INTERVAL / 4  # many a server dies soon
     while True:
         await asyncio.sleep(interval)
         try:
-            with Script(worker, "status") as status:
+            with Script(worker, "status") as asked:
                 try:
-                    await status.succeed(STATUS_TIMEOUT)
-                finally:  # cancelled, as the backend is ready: leave no script behind
-                    await status.stop(grace=0)
-                loaded = status.names(members, "loaded")
-                for model in status.names(members, "dead") + alive:
+                    await asked.succeed(STATUS_TIMEOUT)
+                finally:  # also cancelled, as the backend is ready: leave no script behind
+                    await asked.stop(grace=0)
+                loaded = asked.names(members, "loaded")
+                for model in asked.names(members, "dead") + alive:
                     if model not in loaded:
                         text = f'the server of "{model.name}" ended while it was loading'
-                        return SwapFailed(text, stderr=status.last_line() or script.last_line())
+                        return SwapFailed(text, stderr=asked.last_line() or script.last_line())
             alive, interval = loaded, STATUS_INTERVAL
         except SwapFailed as error:  # it says nothing of the servers
             knows_no_status = not alive and error.details.get("code", 0) > 0
@@ -675,7 +675,7 @@ class Script(contextlib.ExitStack[None]):
     async def succeed(self, timeout: float | None = None) -> None:
         """Wait until it has ended well, or stop it after timeout seconds. Raises SwapFailed."""
         await asyncio.wait({self.exited}, timeout=timeout)  # unlike await, never cancels it
-        code = self.exited.result() if self.exited.done() else -signal.SIGTERM
+        code = self.exited.result() if self.exited.done() else -signal.SIGTERM  # from `stop`
         if code:
             await self.stop()
             ending = f"exited with code {code}" if code > 0 else f"was killed by signal {-code}"
@@ -755,18 +755,18 @@ async def forward(call: Call) -> bytes:
         if head.code >= 500 and call.worker:
             call.worker.backend_failed(call.model)
         call.begin_answer(head)
-        if call.beats and not call.beating:
-            raise await refusal(upstream, head)
+        if call.beats and not call.may_beat:  # its client expects a stream
+            raise await no_stream(upstream, head)
         if call.request.method == "HEAD":  # nothing follows, whatever the head says
             return b""
         while True:
             piece = body.read_nowait()
             if piece and call.first_byte is None:
                 call.first_byte = clock()
-                call.beating = False
+                call.may_beat = False
             if piece and call.excerpt is not None:
                 call.excerpt += piece
-                del call.excerpt[KEEP:-KEEP]
+                del call.excerpt[KEEP:-KEEP]  # its middle
             if body.at_eof():
                 return piece
             if piece or call.unsent:  # unsent: the answer's head, which waits for no body
@@ -783,7 +783,7 @@ async def connect(call: Call) -> Upstream:
     idle = call.jano.idle[url.scheme, url.netloc]
     loop = asyncio.get_running_loop()
     for upstream in reversed(idle):
-        in_time = upstream.usable_from <= loop.time() < upstream.deadline
+        in_time = upstream.usable_from <= clock() < upstream.deadline
         if in_time and not upstream.unread.poll(0):  # the backend may just have closed it
             idle.remove(upstream)
             return upstream
@@ -819,29 +819,29 @@ class Upstream(asyncio.Protocol):
         self.body: aiohttp.StreamReader = aiohttp.EMPTY_PAYLOAD
         self.rest = memoryview(b"")  # of a large body, still to be sent
         self.failure: BackendError | None = None  # told once all that came before it is taken
-        self.waiter: asyncio.Future[None] | None = None  # None: it is idle
+        self.waiter: asyncio.Future[None] | None = None  # of `more`; None: it is idle
         self.timeout = 0.0  # seconds for which the backend may be silent
-        self.deadline = math.inf  # on the loop's clock, of who waits or of its idleness
+        self.deadline = math.inf  # of the backend's silence, or of being kept without use
         self.usable_from = 0.0  # set by its first answer in chunks
         self.unread = select.poll()  # whether there is something to read, or the end
 
     def ask(self, request: bytes, body: bytes, timeout: float) -> None:
         """Begin to send a request. timeout bounds that and the wait for the answer's head."""
         self.timeout = timeout
-        self.deadline = self.loop.time() + timeout
+        self.deadline = clock() + timeout
         self.transport.write(request + body[:BUFFER])
         self.rest = memoryview(body)[BUFFER:]
 
     def more(self) -> asyncio.Future[None]:
         """Send more, and wait until more has come. Raises BackendError.
 
-        A large body is sent in pieces, as the transport makes a copy of what it cannot send; one in
-        an iteration of the loop, as a TLS transport needs several to notice that it is cut off.
+        A large body is sent in pieces, as the transport makes a copy of what it cannot send: one in
+        an iteration of the loop, as a TLS transport needs several to notice that its peer is gone.
         """
         if self.failure:
             raise self.failure
         if self.head:
-            self.deadline = self.loop.time() + self.timeout
+            self.deadline = clock() + self.timeout
         if self.rest and not self.transport.get_write_buffer_size():
             self.transport.write(self.rest[:BUFFER])
             self.rest = self.rest[BUFFER:]
@@ -869,7 +869,7 @@ class Upstream(asyncio.Protocol):
         if self.head is None or self.head.should_close or self.head.code >= 400 or unfinished:
             self.close()
         else:
-            self.deadline = self.loop.time() + KEEP_FOR
+            self.deadline = clock() + KEEP_FOR
             if self.head.chunked:  # its trailers would become headers of the next answer
                 self.parser = self.new_parser()
                 self.usable_from = self.usable_from or self.deadline - KEEP_FOR / 2
@@ -888,7 +888,7 @@ class Upstream(asyncio.Protocol):
 
     def check_deadline(self) -> None:
         """Close it if it was idle, or the backend silent, for too long. Look again soon."""
-        now = self.loop.time()
+        now = clock()
         blocked = self.waiter and self.waiter.done()  # by a client that does not read
         # Unread bytes: this process was late (the machine slept), not the backend.
         if now < self.deadline or blocked or self.unread.poll(0):
@@ -987,7 +987,7 @@ class Jano:
         }
 
     def adopt(self, models: list[Model]) -> None:
-        """Use these models from now on. What is loaded stays; tickets of moved models move, too."""
+        """Use these models. What is loaded stays; tickets move with their models."""
         self.models = {model.name: model for model in models}
         self.names = {key: model for model in models for key in model.keys}
         for model in models:
@@ -1090,18 +1090,18 @@ class Jano:
     async def read_call(self, request: web.BaseRequest, name: Any) -> Call:
         """Read what is asked of which model; name is that in the query or header, if any."""
         body = await self.read_body(request)
-        fields: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         part = None  # where in a form its model stands
         try:
             if request.content_type.startswith("multipart/"):
                 part = form_model(request.headers["Content-Type"], body)
-                fields = {"model": body[part].decode(errors="replace")} if part else {}
+                values = {"model": body[part].decode(errors="replace")} if part else {}
             elif request.method == "POST":
-                fields = parse_object(body)
+                values = parse_object(body)
         except ApiError:
-            if not (name or request.path.startswith(UPSTREAM)):  # else it is the backend's matter
-                raise
-        name = fields.get("model") or name
+            if not (name or request.path.startswith(UPSTREAM)):
+                raise  # else the body is the backend's matter
+        name = values.get("model") or name
         path, target = request.path, request.raw_path.partition("#")[0]
         if not target.startswith("/"):  # an address, or * (RFC 9112, 3.2)
             target = "/" + request.rel_url.raw_path_qs.removeprefix("/")
@@ -1111,13 +1111,13 @@ class Jano:
         model = self.find_model(name, path)
         if model.upstream_model and part:
             body = body[: part.start] + model.upstream_model.encode() + body[part.stop :]
-        elif model.upstream_model and "model" in fields:
-            body = compose_object({**fields, "model": model.upstream_model})
-        tier = TIERS.get(str(fields.get("service_tier")), DEFAULT)
+        elif model.upstream_model and "model" in values:
+            body = compose_object({**values, "model": model.upstream_model})
+        tier = TIERS.get(str(values.get("service_tier")), DEFAULT)
         call = Call(model.name, clock(), tier, jano=self, request=request, entry=model, body=body)
         self.last_id += 1
         call.id, call.target = str(self.last_id), target
-        if fields.get("stream") is True and bare(path) in STREAMS:
+        if values.get("stream") is True and bare(path) in STREAMS:
             call.stream = bare(path)
         if request.method == "POST":
             call.worker = self.workers.get(model.group)
@@ -1168,7 +1168,7 @@ class Jano:
         raise ApiError(status, text, "model_not_found", accepted=accepted)
 
     async def serve(self, call: Call) -> web.StreamResponse:
-        """Serve the call to its end; count it before its last byte, its error or its abort."""
+        """Serve the call to its end. Who has its last byte, or its error, finds it counted."""
         if self.stopping.is_set():
             raise SHUTTING_DOWN()
         size = len(call.body)
@@ -1192,7 +1192,7 @@ class Jano:
                 raise
             call.send(error.event(call), last=True)
         except BaseException as error:
-            if call.status is None:
+            if call.status is None:  # else its last bytes could not be written
                 self.settle(call, error)
             abort(call.request)  # when jano stops, too: the answer must not look complete
             if not isinstance(error, (BackendError, ConnectionError, TimeoutError)):
@@ -1231,7 +1231,7 @@ class Jano:
                 code = "backend_timeout" if error.status == 504 else "backend_died"
                 code = code if error.sent else "backend_unreachable"
                 raise ApiError(error.status, f'backend "{call.model}" {error}', code) from None
-        # Moved, or not reached at the first try: it waits again.
+        # Moved, or not reached in its first turn, so the backend's health is asked: it waits again.
         return await self.take_turn(call)
 
     def settle(self, call: Call, error: BaseException | None = None) -> None:
@@ -1247,7 +1247,7 @@ class Jano:
             status = error.status
             failure = f'backend "{call.model}" {error} in the middle of an answer'
         elif isinstance(error, (ConnectionError, TimeoutError, asyncio.CancelledError)):
-            status = CLIENT_LEFT
+            status = CLIENT_LEFT  # then aiohttp cancels its handler, see `run`
         elif error:
             status, failure = 500, "jano failed"
         call.status, now = status, clock()
@@ -1266,7 +1266,7 @@ class Jano:
 
     async def get_health(self, request: web.BaseRequest) -> web.Response:
         """/status for those who show the key, and its first word for all."""
-        payload = status(self)
+        payload = snapshot(self)
         code = 200 if payload["ok"] else 503
         if self.settings.api_key and not self.key_headers(request):
             payload = {"ok": payload["ok"]}
@@ -1341,8 +1341,8 @@ class Jano:
 
     async def post_show(self, request: web.BaseRequest) -> web.Response:
         """What clients ask before they offer tools or cut a prompt; `metadata` may tell."""
-        fields = parse_object(await self.read_body(request))
-        model = self.find_model(fields.get("model") or fields.get("name"), status=404)
+        asked = parse_object(await self.read_body(request))
+        model = self.find_model(asked.get("model") or asked.get("name"), status=404)
         known = model.metadata
         meta = known.get("meta")
         n_ctx = meta.get("n_ctx") if isinstance(meta, dict) else None
@@ -1386,10 +1386,10 @@ def parse_object(body: bytes) -> dict[str, Any]:
     return value
 
 
-def compose_object(fields: dict[str, Any]) -> bytes:
-    """The JSON body of fields. Raises ApiError 400."""
+def compose_object(values: dict[str, Any]) -> bytes:
+    """The JSON body of values. Raises ApiError 400."""
     try:
-        return json.dumps(fields, allow_nan=False).encode()
+        return json.dumps(values, allow_nan=False).encode()
     except ValueError:
         text = "the body has a number that JSON cannot hold, such as 1e400"
         raise ApiError(400, text, "invalid_json") from None
@@ -1448,7 +1448,7 @@ class Call(Ticket):
     chunked: bool = False  # the answer's body is sent in chunks
     keep_alive: bool = True
     beats: int = 0  # heartbeats sent
-    beating: bool = True  # another one may be sent: until the answer's first byte
+    may_beat: bool = True  # another one may be sent: until the answer's first byte
     timer: asyncio.TimerHandle | None = None  # of the next one
     relaying: bool = False  # the backend's answer has begun
     sent_status: int = 0  # what the client is told
@@ -1483,8 +1483,8 @@ class Call(Ticket):
         length = None if head.chunked else head.headers.get("Content-Length")
         content_type = head.headers.get("Content-Type", "").lower()
         events = "event-stream" in content_type
-        endless = self.beats > 0 or not length
-        self.beating = head.code == 200 and events and endless and not is_packed(head)
+        no_length = self.beats > 0 or not length  # is told to the client
+        self.may_beat = head.code == 200 and events and no_length and not is_packed(head)
         if events or "json" in content_type:
             self.excerpt = bytearray()
         if self.beats:
@@ -1499,7 +1499,7 @@ class Call(Ticket):
         if events:
             lines.append(b"X-Accel-Buffering: no")
         queue_ms = 1000 * ((self.granted or self.arrived) - self.arrived)
-        timing = (queue_ms, 1000 * self.swapping)
+        timing = (queue_ms, 1000 * self.swap_wait)
         lines.append(b"Server-Timing: queue;dur=%.0f, swap;dur=%.0f" % timing)
         self.set_head(head.code, head.reason, lines, length)
 
@@ -1540,7 +1540,7 @@ class Call(Ticket):
 
     def beat(self) -> None:
         """Send a sign of life. If no answer has begun, a 200 goes first; errors are events then."""
-        if not self.beating:
+        if not self.may_beat:
             return
         data = b": waiting\n\n"  # a comment, which clients skip (HTML standard, 9.2.6)
         if self.stream == "responses":  # Codex wants events
@@ -1573,7 +1573,7 @@ def is_packed(head: RawResponseMessage) -> bool:
     return head.headers.get("Content-Encoding", "identity").lower() != "identity"
 
 
-async def refusal(upstream: Upstream, head: RawResponseMessage) -> ApiError:
+async def no_stream(upstream: Upstream, head: RawResponseMessage) -> ApiError:
     """Why there is no stream for a client that has had heartbeats: the backend's own words."""
     body = upstream.body.read_nowait()
     with contextlib.suppress(BackendError):
@@ -1825,11 +1825,11 @@ def load_settings(environ: Mapping[str, str]) -> Settings:
     for index, line in enumerate(lines, 1):
         match = re.match(rf"""\s*(?:export\s+)?(["']?)({names})\b(\s*=)?(.*)""", line)
         if match:
-            quote, name, equals, text = match.groups()
-            if quote or not equals:
+            mark, name, equals, text = match.groups()
+            if mark or not equals:
                 raise ConfigError(f".env: line {index}", f"{name} without =", "KEY=value")
-            quoted = re.fullmatch(r"""(["'])((?:(?!\1).)*)\1(\s+#.*)?""", text.strip())
-            dotenv[name] = quoted[2] if quoted else re.sub(r"\s+#.*", "", text).strip()
+            inner = re.fullmatch(r"""(["'])((?:(?!\1).)*)\1(\s+#.*)?""", text.strip())
+            dotenv[name] = inner[2] if inner else re.sub(r"\s+#.*", "", text).strip()
     values: dict[str, Any] = {}
     for each in fields(Settings):
         kind, default, name = each.metadata.values()
@@ -1946,7 +1946,7 @@ class Log:
         if self.lost:
             lost, self.lost = self.lost, 0
             self("warn", "log lines lost", lost=lost)
-            if self.lost:  # that line, too; it counts in place of this one
+            if self.lost:  # that line, too: it stands for this one, which is not written
                 self.lost += lost
                 return
         line = f'{{"t":"{utc(time.time())}","level":"{level}","msg":"{msg}"'
@@ -2026,7 +2026,7 @@ class Telemetry:
         self.rates: dict[str, deque[float]] = {}  # model -> tokens a second of its last answers
         self.last_error: dict[str, Any] | None = None
         self.health: dict[str, str] = {}  # model -> "up", "down" or "unknown", as it is by default
-        self.loaded_at: dict[str, str] = {}  # set -> when it was last loaded
+        self.load_times: dict[str, str] = {}  # set -> when it was last loaded
         self.swaps: Counter[tuple[str, str]] = Counter()  # by from and to, the good ones
         self.swap_failures: Counter[str] = Counter()
         self.recent_swaps: deque[dict[str, Any]] = deque(maxlen=50)
@@ -2075,7 +2075,7 @@ class Telemetry:
         self.recent_swaps.append(swap)
         self.note_health(worker.members(name), "up" if ok else "down")
         if ok:
-            self.loaded_at[name] = utc(time.time())
+            self.load_times[name] = utc(time.time())
             self.swaps[old or "", name] += 1
             self.swap_seconds += seconds
             for bound in BUCKETS:
@@ -2084,14 +2084,14 @@ class Telemetry:
             self.swap_failures[name] += 1
 
 
-def status(jano: Jano) -> dict[str, Any]:
+def snapshot(jano: Jano) -> dict[str, Any]:
     """The payload of /health and /status."""
     now, telemetry, models = clock(), jano.telemetry, jano.models
     active = [call for call in jano.calls if call.status is None]
     waiting = [call for call in active if not call.running]
     queued = Counter(call.model for call in waiting)
-    swapped = [model.group for model in models.values() if not model.passthrough]
-    groups = {group: group_status(jano, group) for group in dict.fromkeys(swapped)}
+    used = [model.group for model in models.values() if model.group]
+    groups = {group: group_status(jano, group) for group in dict.fromkeys(used)}
     served = Counter(dict.fromkeys(models, 0))
     for (model, code), count in telemetry.requests.items():
         served[model] += count if 200 <= code < 300 else 0
@@ -2102,7 +2102,7 @@ def status(jano: Jano) -> dict[str, Any]:
     rates = {model: round(sum(last) / len(last), 1) for model, last in telemetry.rates.items()}
     return {
         "ok": not any(worker.refusal for worker in jano.workers.values()),
-        **next(iter(groups.values())),
+        **next(iter(groups.values())),  # the first group's; sums stand in place of its counts
         "queueDepth": len(waiting),
         "inFlight": len(active) - len(waiting),
         "queueByModel": {model: queued[model] for model in models},
@@ -2140,7 +2140,7 @@ def group_status(jano: Jano, group: str) -> dict[str, Any]:
     loaded = worker.schedule.loaded
     return {
         "currentModel": loaded,
-        "currentModelLoadedAt": jano.telemetry.loaded_at.get(loaded or ""),
+        "currentModelLoadedAt": jano.telemetry.load_times.get(loaded or ""),
         "loadedModels": [model.name for model in worker.members(loaded)],
         "swapping": worker.swapping,
         "queueDepth": len([*worker.schedule.waiting()]),
@@ -2150,7 +2150,7 @@ def group_status(jano: Jano, group: str) -> dict[str, Any]:
 
 def metrics(jano: Jano) -> str:
     """status, and what it leaves out, as Prometheus text (exposition format 0.0.4)."""
-    telemetry, payload, models = jano.telemetry, status(jano), jano.models
+    telemetry, payload, models = jano.telemetry, snapshot(jano), jano.models
     loaded = {name: int(jano.state_of(model) == "loaded") for name, model in models.items()}
     up = {name: int(health == "up") for name, health in payload["backendHealth"].items()}
     saved = {} if payload["swapTimeSavedMs"] is None else {"": payload["swapTimeSavedMs"] / 1000}
@@ -2178,8 +2178,8 @@ def metrics(jano: Jano) -> str:
         for key, value in samples.items():
             values = key if isinstance(key, tuple) else (key,)
             # JSON escapes what this format does, since names of models hold no control character.
-            quoted = [json.dumps(str(each), ensure_ascii=False) for each in values]
-            pairs = ",".join(map("=".join, zip(labels, quoted)))
+            texts = [json.dumps(str(each), ensure_ascii=False) for each in values]
+            pairs = ",".join(map("=".join, zip(labels, texts)))
             lines.append(f"jano_{name}{{{pairs}}} {value}" if pairs else f"jano_{name} {value}")
     for bound, count in telemetry.swap_buckets.items():
         lines.append(f'jano_swap_duration_seconds_bucket{{le="{bound}"}} {count}')
@@ -2216,7 +2216,7 @@ PAGE_HEADERS |= {"Cache-Control": "no-cache"}
 
 def page(jano: Jano) -> str:
     """HTML: what is loaded, who waits, and who was served when."""
-    payload, heads, cards = status(jano), [], ""
+    payload, heads, cards = snapshot(jano), [], ""
     for index, model in enumerate(islice(jano.models.values(), 50)):
         name, state = model.name, jano.state_of(model)
         group = f"{isolated(model.group)}: " if model.group and len(jano.workers) > 1 else ""
@@ -2262,15 +2262,15 @@ def timeline(jano: Jano, active: list[dict[str, Any]]) -> str:
     spans = [(bar.get("ts", now) - bar["total_ms"] / 1000, bar.get("ts", now), bar) for bar in bars]
     spans.sort(key=itemgetter(0))
     last = max(end for _, end, _ in spans)
-    shown = min(300, last - spans[0][0] + 0.1)  # seconds
+    scale = min(300, last - spans[0][0] + 0.1)  # seconds
     drawn, y = "", 0
     for index, name in enumerate(["", *jano.models], -1):
-        taken: list[float] = []  # up to where, in each row
+        taken: list[float] = []  # of each row: up to where, in % of the width
         for start, end, bar in spans:
-            if bar["model"] == name and end > last - shown:
-                x, width = 88 * (1 - (last - start) / shown), max(0.3, 88 * (end - start) / shown)
+            if bar["model"] == name and end > last - scale:
+                x, width = 88 * (1 - (last - start) / scale), max(0.3, 88 * (end - start) / scale)
                 row = next((row for row, busy in enumerate(taken) if busy <= x), len(taken))
-                taken[row : row + 1] = [x + (width if name else 75)]
+                taken[row : row + 1] = [x + (width if name else 75)]  # this row, or one more
                 wait = round(100 * bar.get("queue_ms", 0) / max(bar["total_ms"], 1), 1)  # in %
                 bad = bar.get("status", 200) >= 400 or not bar.get("ok", True)
                 drawn += f"""<svg class="{f"c{index % 4}" if name else "swap"} {"bad" * bad}"
@@ -2279,7 +2279,7 @@ x="{x:.2f}%" y="{y + 20 + 16 * row}" width="{width:.2f}%" height="{13 if name el
         if taken:
             drawn += f'<text x="8" y="{y + 14}">{isolated(name) if name else "swaps"}</text>'
             y += 24 + 16 * len(taken)
-    return f"""<svg role="img" height="{y}" aria-label="Timeline">{drawn}</svg>{shown:.0f} s until
+    return f"""<svg role="img" height="{y}" aria-label="Timeline">{drawn}</svg>{scale:.0f} s until
 {time.strftime("%X %Z", time.localtime(last))}: hollow waits, solid runs, ✕ failed, grey swaps"""
 
 
@@ -2349,9 +2349,9 @@ async def run(settings: Settings, models: list[Model]) -> int:
     make_request = functools.partial(web.BaseRequest, loop=loop)
     server = web.Server(jano.handle, request_factory=make_request, handler_cancellation=True)
     options: dict[str, Any] = {"loop": loop, "access_log": None, **LIMITS}
-    connect = functools.partial(Connection, server, **options)
+    accept = functools.partial(Connection, server, **options)
     try:  # the port first: a second jano shall not even call `SWAP_COMMAND status`
-        listener = await loop.create_server(connect, settings.host, settings.port, backlog=1024)
+        listener = await loop.create_server(accept, settings.host, settings.port, backlog=1024)
     except (OSError, UnicodeError) as error:
         return await explain_port(settings, error)
     jano.port = listener.sockets[0].getsockname()[1]
@@ -2361,8 +2361,8 @@ async def run(settings: Settings, models: list[Model]) -> int:
         own_names = {settings.host.lower(), socket.gethostname().lower()} - {""}
         jano.hosts = LOOPBACK | addresses | own_names | {*settings.allowed_hosts}
     jano.adopt(models)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        loop.add_signal_handler(number, on_signal, jano, number)
+    for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        loop.add_signal_handler(each, on_signal, jano, each)
     log("info", "jano listening", host=settings.host, port=jano.port, models=list(jano.models))
     if not (jano.hosts or settings.api_key):
         log("warn", "everybody who reaches this host may ask: set JANO_API_KEY")
@@ -2376,17 +2376,17 @@ async def run(settings: Settings, models: list[Model]) -> int:
     for upstream in [*chain(*jano.idle.values())]:
         upstream.close()
     await asyncio.sleep(0)  # until what has been closed is
-    payload = status(jano)
+    payload = snapshot(jano)
     facts = {"served": payload["requestsServedTotal"], "swaps": payload["swapsTotal"]}
     facts |= {name: payload[name] for name in ("swapsAvoided", "swapTimeSavedMs")}
     log("info", "jano stopped", **facts)
     return 0
 
 
-def on_signal(jano: Jano, number: signal.Signals) -> None:
+def on_signal(jano: Jano, received: signal.Signals) -> None:
     """SIGHUP: read models.json again; one with a fault changes nothing. Else stop."""
-    log("info", "received signal", sig=number.name)
-    if number != signal.SIGHUP:
+    log("info", "received signal", sig=received.name)
+    if received != signal.SIGHUP:
         if jano.stopping.is_set():
             os._exit(1)  # it was told twice
         jano.stopping.set()
@@ -2435,8 +2435,8 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="check the configuration, then exit")
     parser.add_argument("--version", action="version", version=f"jano {__version__}")
     options = parser.parse_args()
-    while (unused := os.open(os.devnull, os.O_RDWR)) <= 2:  # started with >&-: a socket must not
-        pass  # get the number of a standard stream
+    while (unused := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # a standard stream was closed (>&-), and a socket must not get its number
     os.close(unused)
     logging.basicConfig(handlers=[LibraryLog()], level=logging.WARNING)
     try:

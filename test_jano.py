@@ -1164,10 +1164,10 @@ class Course:
     def happen(self, now: float, event: str) -> None:
         match event.split():
             case ["load", name, *cost]:
-                self.schedule.unload(now)
-                self.schedule.load(name, now, *map(float, cost))
+                self.schedule.note_unloaded(now)
+                self.schedule.note_loaded(name, now, *map(float, cost))
             case ["unload"]:
-                self.schedule.unload(now)
+                self.schedule.note_unloaded(now)
             case ["move", model, name]:  # models.json was reloaded
                 self.schedule.set_of[model] = name
             case ["ask", name, "priority"]:
@@ -1571,7 +1571,7 @@ class Group:
                 assert full or schedule.set_of[ticket.model] != schedule.loaded
         elif not self.swapping and not schedule.in_flight:
             assert any(schedule.waiting(swap_to))
-            schedule.unload(self.now)
+            schedule.note_unloaded(self.now)
             self.swapping = True
             began = schedule.draining_since or self.now
             self.at(self.now + self.load, functools.partial(self.swapped, swap_to, began))
@@ -1585,10 +1585,10 @@ class Group:
         schedule = self.schedule
         since = schedule.waiting_since.get(name, self.now)
         patience = schedule.patient_until.get(name, since) - since
-        schedule.load(name, self.now, self.now - began)
+        schedule.note_loaded(name, self.now, self.now - began)
         self.swapping = False
         trip = 2 * max(schedule.cost.values())
-        turn = max(schedule.turn, patience) + 2 * trip
+        turn = max(schedule.max_turn, patience) + 2 * trip
         others = len({schedule.set_of[model] for model in "abcd"}) - 1
         bound = others * (self.load + turn + max(self.services.values())) + self.load
         self.shares_of_bound.append((self.now - since) / bound)
@@ -7545,6 +7545,17 @@ async def test_stop_finishes_what_runs_and_refuses_what_waits(
         daemon.kill(number)
         for answer in await event(asyncio.gather(*waiting)):
             assert (answer.status, answer.headers["Retry-After"]) == (503, "5")
+        chat.release.set()
+        assert await statuses([running]) == [200]
+        assert await event(daemon.process.wait()) == 0
+
+
+async def test_load_that_comes_while_jano_stops_is_refused(tmp_path: Path, chat: Backend) -> None:
+    chat.answer = chat.held
+    async with running_jano(tmp_path, [entry(chat)]) as daemon:
+        running = await stop_during_a_request(daemon, chat)
+        status, answer = await event(post_path(daemon, "/load?model=chat"))
+        assert (status, answer["error"]["code"]) == (503, "shutting_down")
         chat.release.set()
         assert await statuses([running]) == [200]
         assert await event(daemon.process.wait()) == 0

@@ -98,7 +98,7 @@ class Run:
         self.schedule.slots = dict.fromkeys(work.load, work.slots)
         self.schedule.set_of = {model: model for model in work.load}
         if work.loaded:
-            self.schedule.load(work.loaded, 0)
+            self.schedule.note_loaded(work.loaded, 0)
         self.now = 0.0
         self.events: list[tuple[float, int, Callable[[], None]]] = []
         self.event_number = itertools.count()  # orders events of the same time
@@ -186,14 +186,14 @@ class Run:
         self.loads.append(seconds)
         if self.schedule.loaded and any(self.schedule.waiting(self.schedule.loaded)):
             self.forced_time += seconds
-        self.schedule.unload(self.now)
+        self.schedule.note_unloaded(self.now)
         self.cached.clear()
         self.swapping = True
         self.at(self.now + seconds, lambda: self.swapped(model, draining_since))
 
     def swapped(self, model: str, draining_since: float) -> None:
         self.note_model_wait(model)
-        self.schedule.load(model, self.now, self.now - draining_since)
+        self.schedule.note_loaded(model, self.now, self.now - draining_since)
         self.swapping = False
         self.longest_trip = max(self.longest_trip, sum(sorted(self.schedule.cost.values())[-2:]))
 

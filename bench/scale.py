@@ -36,10 +36,10 @@ def decision(bench: Bench, quick: bool) -> list[Figure]:
     for models in (2, 10, 50):
         schedules = {}
         for waiting in (10, 1000, 10_000):
-            schedules[waiting] = schedule = Schedule(turn=60, linger=5)
+            schedules[waiting] = schedule = Schedule(max_turn=60, linger=5)
             schedule.slots = {f"m{number}": 1 for number in range(models)}
             schedule.set_of = {model: model for model in schedule.slots}
-            schedule.load("m0", 0.0)
+            schedule.note_loaded("m0", 0.0)
             for number in range(waiting):
                 arrived = number / waiting
                 schedule.arrive(Ticket(f"m{number % models}", arrived), arrived)
