@@ -7401,7 +7401,8 @@ async def test_jano_serves_on_and_ends_well_where_its_log_cannot_be_written(
 @pytest.mark.soak
 async def test_what_is_remembered_stops_growing(tmp_path: Path, chat: Backend) -> None:
     models = [entry(chat), entry(chat, name="other")]
-    async with running_jano(tmp_path, models, USAGE_RECORDS_MAX=100) as daemon:
+    settings: dict[str, Any] = {"USAGE_RECORDS_MAX": 100, "IDLE_UNLOAD_MS": 10**9}
+    async with running_jano(tmp_path, models, **settings) as daemon:
         chat.answer = says(KNOWN)
 
         async def many() -> int:
