@@ -728,6 +728,7 @@ KEEP_FOR = 0.5  # seconds that an idle connection is kept: less than any backend
 BUFFER = 2**16  # bytes; twice as many may be held before reading pauses
 # Of a head, on both sides: bytes, and a number of headers.
 LIMITS: dict[str, Any] = {"max_line_size": 2**16, "max_field_size": 2**16, "max_headers": 256}
+PARSING = {"limit": BUFFER, "read_until_eof": True, "auto_decompress": False, **LIMITS}
 tls_context = functools.cache(ssl.create_default_context)  # a new one takes 20 ms
 
 
@@ -812,9 +813,6 @@ class Upstream(asyncio.Protocol):
     def __init__(self, idle: list[Upstream]) -> None:
         self.idle = idle  # where it waits for its next request
         self.loop = asyncio.get_running_loop()
-        make = functools.partial(HttpResponseParser, cast(Any, self), self.loop, BUFFER, **LIMITS)
-        self.new_parser = functools.partial(make, read_until_eof=True, auto_decompress=False)
-        self.parser = self.new_parser()
         self.head: RawResponseMessage | None = None
         self.body: aiohttp.StreamReader = aiohttp.EMPTY_PAYLOAD
         self.rest = memoryview(b"")  # of a large body, still to be sent
@@ -827,6 +825,8 @@ class Upstream(asyncio.Protocol):
 
     def ask(self, request: bytes, body: bytes, timeout: float) -> None:
         """Begin to send a request. timeout bounds that and the wait for the answer's head."""
+        # Not the last answer's parser: its trailers would become headers of this one.
+        self.parser = HttpResponseParser(cast(Any, self), self.loop, **PARSING)
         self.timeout = timeout
         self.deadline = clock() + timeout
         self.transport.write(request + body[:BUFFER])
@@ -870,8 +870,7 @@ class Upstream(asyncio.Protocol):
             self.close()
         else:
             self.deadline = clock() + KEEP_FOR
-            if self.head.chunked:  # its trailers would become headers of the next answer
-                self.parser = self.new_parser()
+            if self.head.chunked:
                 self.usable_from = self.usable_from or self.deadline - KEEP_FOR / 2
             self.head = self.waiter = None
             self.idle.append(self)
@@ -1112,7 +1111,7 @@ class Jano:
         if model.upstream_model and part:
             body = body[: part.start] + model.upstream_model.encode() + body[part.stop :]
         elif model.upstream_model and "model" in values:
-            body = compose_object({**values, "model": model.upstream_model})
+            body = json.dumps({**values, "model": model.upstream_model}).encode()
         tier = TIERS.get(str(values.get("service_tier")), DEFAULT)
         call = Call(model.name, clock(), tier, jano=self, request=request, entry=model, body=body)
         self.last_id += 1
@@ -1384,15 +1383,6 @@ def parse_object(body: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ApiError(400, "the body is not a JSON object", "invalid_json")
     return value
-
-
-def compose_object(values: dict[str, Any]) -> bytes:
-    """The JSON body of values. Raises ApiError 400."""
-    try:
-        return json.dumps(values, allow_nan=False).encode()
-    except ValueError:
-        text = "the body has a number that JSON cannot hold, such as 1e400"
-        raise ApiError(400, text, "invalid_json") from None
 
 
 def form_model(content_type: str, body: bytes) -> slice | None:
