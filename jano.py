@@ -55,7 +55,7 @@ import threading
 import time
 import traceback
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields
 from hashlib import sha256
 from html import escape
@@ -954,7 +954,8 @@ HEALTH_ROUTES = ("/health", "/v1/health", "/healthz", "/readyz")
 OLLAMA_DETAILS = {"format": "gguf", "family": "jano", "families": ["jano"]} | dict.fromkeys(
     ("parent_model", "parameter_size", "quantization_level"), ""
 )
-Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+# Makes a response, or what is sent as JSON; or a coroutine that does.
+Handler = Callable[[web.BaseRequest], Any]
 
 
 class Jano:
@@ -977,8 +978,8 @@ class Jano:
             **dict.fromkeys((*HEALTH_ROUTES, "/status"), ("GET", self.get_health)),
             **dict.fromkeys(("/models", "/v1/models", "/v1/models/"), ("GET", self.get_models)),
             "/usage": ("GET", self.get_usage),
-            "/metrics": ("GET", self.get_metrics),
-            "/": ("GET", self.get_page),
+            "/metrics": ("GET", lambda _: metrics(self)),
+            "/": ("GET", lambda _: page(self)),
             "/load": ("POST", self.post_load),
             "/unload": ("POST", self.post_unload),
             **dict.fromkeys(("/api/version", "/api/tags", "/api/ps"), ("GET", self.get_ollama)),
@@ -1019,7 +1020,9 @@ class Jano:
         try:
             self.check_client(request)
             if handler and method == allowed:
-                response = await handler(request)
+                made = handler(request)
+                made = await made if asyncio.iscoroutine(made) else made
+                response = made if isinstance(made, web.Response) else web.json_response(made)
                 if path in ("/load", "/unload") and "text/html" in headers.get("Accept", ""):
                     response = web.Response(status=303, headers={"Location": "/"})  # a browser
             elif method == "OPTIONS":  # before a page of another origin may ask (Fetch, 3.2)
@@ -1263,7 +1266,7 @@ class Jano:
         else:
             log("warn", "not served", **facts, reason=failure)
 
-    async def get_health(self, request: web.BaseRequest) -> web.Response:
+    def get_health(self, request: web.BaseRequest) -> web.Response:
         """/status for those who show the key, and its first word for all."""
         payload = snapshot(self)
         code = 200 if payload["ok"] else 503
@@ -1271,13 +1274,13 @@ class Jano:
             payload = {"ok": payload["ok"]}
         return web.json_response(payload, status=code)
 
-    async def get_models(self, request: web.BaseRequest) -> web.Response:
+    def get_models(self, request: web.BaseRequest) -> dict[str, Any]:
         """The listed models, or the one in the path (OpenAI API reference, "Models")."""
         if request.path.startswith("/v1/models/"):
             model = self.find_model(request.path.removeprefix("/v1/models/"), status=404)
-            return web.json_response(self.model_entry(model))
+            return self.model_entry(model)
         data = [self.model_entry(model) for model in self.models.values() if not model.unlisted]
-        return web.json_response({"object": "list", "data": data})
+        return {"object": "list", "data": data}
 
     def model_entry(self, model: Model) -> dict[str, Any]:
         """What `metadata` says is merged in, but changes nothing that jano says itself."""
@@ -1286,7 +1289,7 @@ class Jano:
         entry |= {"created": int(self.telemetry.started), "name": model.label or model.name}
         return {**model.metadata, **entry, "status": {"value": self.state_of(model)}}
 
-    async def get_usage(self, request: web.BaseRequest) -> web.Response:
+    def get_usage(self, request: web.BaseRequest) -> dict[str, Any]:
         """The latest requests, newest first, ?limit= of them."""
         limit = request.query.get("limit", "50")
         if not re.fullmatch("[0-9]{1,9}", limit):
@@ -1294,16 +1297,9 @@ class Jano:
             raise ApiError(400, text, "invalid_limit")
         latest = islice(reversed(self.telemetry.records), int(limit))
         records = [{**record, "ts": utc(record["ts"])} for record in latest]
-        return web.json_response({"count": len(records), "records": records})
+        return {"count": len(records), "records": records}
 
-    async def get_metrics(self, request: web.BaseRequest) -> web.Response:
-        headers = {"Content-Type": "text/plain; version=0.0.4"}
-        return web.Response(text=metrics(self), headers=headers)
-
-    async def get_page(self, request: web.BaseRequest) -> web.Response:
-        return web.Response(text=page(self), headers=PAGE_HEADERS)
-
-    async def post_load(self, request: web.BaseRequest) -> web.Response:
+    async def post_load(self, request: web.BaseRequest) -> dict[str, Any]:
         """Bring a model in, through the queue like any request; answers when it is there."""
         model = self.find_model(request.query.get("model"))
         worker = self.workers.get(model.group)
@@ -1311,9 +1307,9 @@ class Jano:
             self.refuse_if_full()
             async with worker.turn(Ticket(model.name, clock())):
                 pass
-        return web.json_response({"model": model.name, "status": {"value": "loaded"}})
+        return {"model": model.name, "status": {"value": "loaded"}}
 
-    async def post_unload(self, request: web.BaseRequest) -> web.Response:
+    async def post_unload(self, request: web.BaseRequest) -> dict[str, Any]:
         """Drain, and free the memory: of the group of ?model=, or of all groups."""
         group = self.find_model(request.query["model"]).group if "model" in request.query else None
         workers = [worker for worker in self.workers.values() if group in (None, worker.group)]
@@ -1323,22 +1319,21 @@ class Jano:
         for name in names:
             if isinstance(name, BaseException):
                 raise name
-        return web.json_response({"unloaded": [name for name in names if name]})
+        return {"unloaded": [name for name in names if name]}
 
-    async def get_ollama(self, request: web.BaseRequest) -> web.Response:
+    def get_ollama(self, request: web.BaseRequest) -> dict[str, Any]:
         """Ollama's version, the listed models, or those that are loaded."""
         if request.path == "/api/version":
-            return web.json_response({"version": "0.12.6"})  # clients refuse one that is too old
+            return {"version": "0.12.6"}  # clients refuse one that is too old
         listed = [model for model in self.models.values() if not model.unlisted]
         if request.path == "/api/ps":
             listed = [model for model in listed if self.state_of(model) == "loaded"]
         entry: dict[str, Any] = {"details": OLLAMA_DETAILS}
         entry |= {"modified_at": utc(self.telemetry.started), "expires_at": "2318-04-04T00:00:00Z"}
         entry |= {"digest": "0" * 64, "size": 0, "size_vram": 0}
-        models = [{"name": model.name, "model": model.name, **entry} for model in listed]
-        return web.json_response({"models": models})
+        return {"models": [{"name": each.name, "model": each.name, **entry} for each in listed]}
 
-    async def post_show(self, request: web.BaseRequest) -> web.Response:
+    async def post_show(self, request: web.BaseRequest) -> dict[str, Any]:
         """What clients ask before they offer tools or cut a prompt; `metadata` may tell."""
         asked = parse_object(await self.read_body(request))
         model = self.find_model(asked.get("model") or asked.get("name"), status=404)
@@ -1350,7 +1345,7 @@ class Jano:
         info |= {"jano.context_length": length} if length else {}
         payload = {"details": OLLAMA_DETAILS, "modified_at": utc(self.telemetry.started)}
         payload["capabilities"] = known.get("capabilities", ["completion", "tools"])
-        return web.json_response(payload | {"model_info": info})
+        return payload | {"model_info": info}
 
 
 @functools.lru_cache(100)
@@ -1739,7 +1734,7 @@ milliseconds = functools.partial(number, unit=1 / 1000)
 
 
 def option(kind: Kind, default: Any = None, variable: str = "") -> Any:
-    """A field of Settings or Model: how its value is read, and what it is if there is none."""
+    """A field: how its value is read; and the value if there is none, for a variable as a text."""
     return field(metadata={"kind": kind, "default": default, "variable": variable})
 
 
@@ -2138,7 +2133,7 @@ def group_status(jano: Jano, group: str) -> dict[str, Any]:
     }
 
 
-def metrics(jano: Jano) -> str:
+def metrics(jano: Jano) -> web.Response:
     """status, and what it leaves out, as Prometheus text (exposition format 0.0.4)."""
     telemetry, payload, models = jano.telemetry, snapshot(jano), jano.models
     loaded = {name: int(jano.state_of(model) == "loaded") for name, model in models.items()}
@@ -2175,7 +2170,8 @@ def metrics(jano: Jano) -> str:
         lines.append(f'jano_swap_duration_seconds_bucket{{le="{bound}"}} {count}')
     lines.append(f"jano_swap_duration_seconds_sum {telemetry.swap_seconds}")
     lines.append(f"jano_swap_duration_seconds_count {payload['swapsTotal']}")
-    return "\n".join(lines) + "\n"
+    headers = {"Content-Type": "text/plain; version=0.0.4"}
+    return web.Response(text="\n".join([*lines, ""]), headers=headers)
 
 
 # ------------------------------------------------------------------------------------ page ----
@@ -2204,7 +2200,7 @@ PAGE_HEADERS = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Po
 PAGE_HEADERS |= {"Cache-Control": "no-cache"}
 
 
-def page(jano: Jano) -> str:
+def page(jano: Jano) -> web.Response:
     """HTML: what is loaded, who waits, and who was served when."""
     payload, heads, cards = snapshot(jano), [], ""
     for index, model in enumerate(islice(jano.models.values(), 50)):
@@ -2218,7 +2214,7 @@ action="/{verb}?model={quote(name, "")}"><button id="b{index}" aria-label="{verb
 {verb}</button></form><b dir="auto">{escape(name[:200])}</b><br>{group}{state},
 {payload["queueByModel"][name]} waiting, {payload["requestsByModel"][name]} answered"""
     heading = "; ".join(heads) or "nothing is loaded"
-    return f"""<!doctype html><html lang="en"><link rel="icon" href="data:,"><style>{CSS}</style>
+    html = f"""<!doctype html><html lang="en"><link rel="icon" href="data:,"><style>{CSS}</style>
 <script>{JS}</script><meta name="viewport" content="width=device-width"><title>{heading}, \
 {payload["queueDepth"]} waiting · jano</title><body>
 <div id="down" role="alert" {"hidden" * payload["ok"]}>jano does not answer</div><h1>{heading}</h1>
@@ -2227,6 +2223,7 @@ action="/{verb}?model={quote(name, "")}"><button id="b{index}" aria-label="{verb
 Swaps made: {payload["swapsTotal"]}, waiting: {payload["queueDepth"]}, running:
 {payload["inFlight"]}, answered: {payload["requestsServedTotal"]}
 {timeline(jano, payload["active"])}<ul>{cards}</ul>{len(jano.models)} models"""
+    return web.Response(text=html, headers=PAGE_HEADERS)
 
 
 def isolated(name: str) -> str:

@@ -2383,14 +2383,14 @@ async def answer_health(request: web.Request, looks: Counter[str], forever: asyn
 
 
 async def run_swaps(folder: Path) -> Swaps:
-    """Asks for all of SWAPS at once, with a deadline of 0.8 s for each swap."""
+    """Asks for all of SWAPS at once, with a deadline of 1.2 s for each swap."""
     looks = Counter[str]()
     pipe = folder / "held open by every process of a script"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     cases = "\n".join(f"{model}) {script};;" for model, script, _ in SWAPS)
     script = swap_script(folder, f'exec 9>"{pipe}"\necho "$1" >&9\ncase $1 in\n{cases}\nesac')
-    settings: dict[str, Any] = {"SWAP_WAIT_TIMEOUT_MS": 800, "HEALTH_POLL_INTERVAL_MS": 60_000}
+    settings: dict[str, Any] = {"SWAP_WAIT_TIMEOUT_MS": 1200, "HEALTH_POLL_INTERVAL_MS": 60_000}
     async with running_backend("chat") as chat:
 
         async def look(request: web.Request) -> web.Response:
@@ -2494,16 +2494,16 @@ async def long_loads(begun_slow_swaps: Awaitable[tuple[Swaps, LongLoads]]) -> Lo
     [
         ("fails", "the script exited with code 3"),
         ("killed", "the script was killed by signal 9"),
-        ("hangs", "the script runs on after 0.8 s"),
-        ("deaf", "the script runs on after 0.8 s"),
-        ("deaf-child", "the script runs on after 0.8 s"),
-        ("loading", "the backend is not ready after 0.8 s (GET /health: 503)"),
-        ("guarded", "the backend is not ready after 0.8 s (GET /health: 401)"),
-        ("broken", "the backend is not ready after 0.8 s (GET /health: 500)"),
-        ("redirects", "the backend is not ready after 0.8 s (GET /health: 302)"),
-        ("silent", "the backend is not ready after 0.8 s"),
-        ("refuses", "the backend is not ready after 0.8 s (GET /health: "),
-        ("lost", "the backend is not ready after 0.8 s (GET /v1/models: 401)"),
+        ("hangs", "the script runs on after 1.2 s"),
+        ("deaf", "the script runs on after 1.2 s"),
+        ("deaf-child", "the script runs on after 1.2 s"),
+        ("loading", "the backend is not ready after 1.2 s (GET /health: 503)"),
+        ("guarded", "the backend is not ready after 1.2 s (GET /health: 401)"),
+        ("broken", "the backend is not ready after 1.2 s (GET /health: 500)"),
+        ("redirects", "the backend is not ready after 1.2 s (GET /health: 302)"),
+        ("silent", "the backend is not ready after 1.2 s"),
+        ("refuses", "the backend is not ready after 1.2 s (GET /health: "),
+        ("lost", "the backend is not ready after 1.2 s (GET /v1/models: 401)"),
     ],
 )
 async def test_swap_that_fails_says_why_to_client_and_log(
