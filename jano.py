@@ -136,7 +136,7 @@ class Schedule:
         self.patient_until: dict[str, float] = {}  # set -> until when another's turn may go on
         self.idle_since: dict[str, float] = {}  # set -> since when nothing of it waits or runs
         self.pauses: dict[str, deque[float]] = {}  # set -> its last two idle times that ended
-        self.decision = self.nothing = Decision()  # what remains to be done
+        self.decision = Decision()  # what remains to be done
         self.draining_since: float | None = None  # when admission stopped, for the swap that is due
 
     def arrive(self, ticket: Ticket, now: float) -> None:
@@ -150,7 +150,7 @@ class Schedule:
             if ticket.granted is None:
                 self.pauses.setdefault(name, deque(maxlen=2)).append(now - idle_since)
             had_waited = idle_since - self.waiting_since.get(name, idle_since)
-            if now > idle_since + min(had_waited, MEMORY):  # too late: a new wait begins
+            if now - idle_since > min(had_waited, MEMORY):  # too late: a new wait begins
                 self.waiting_since.pop(name, None)
         if name != self.loaded:
             self.waiting_since.setdefault(name, now)
@@ -168,7 +168,7 @@ class Schedule:
         """Nothing is loaded any more: a swap begins, the memory is freed, a backend is gone."""
         if self.loaded is None:
             return
-        # Patient is who has made others wait and has a queue: both waits count, the shorter one.
+        # Its patience: for as long as its own tickets queued here, or it made others wait, if less.
         others = [ticket for ticket in self.heads() if self.set_of[ticket.model] != self.loaded]
         made_wait = now - min(map(self.waits_since, others), default=now)
         self.patient_until[self.loaded] = now + PATIENCE * min(made_wait, self.longest_wait)
@@ -189,7 +189,7 @@ class Schedule:
     def advance(self, now: float) -> list[Ticket]:
         """Grant every turn that there is now; `decision` is what remains to be done."""
         granted = []
-        self.decision = self.nothing
+        self.decision = Decision()
         while any(self.queues.values()):
             self.decision = decide(self, now)
             ticket = self.decision.serve
@@ -343,8 +343,9 @@ class Worker:
             raise self.refusal()
         name = self.schedule.set_of[ticket.model]
         fails, last = self.failures.get(name, (0, 0.0))
-        seconds = math.ceil(last + self.settings.swap_failure_reset - clock()) if fails else 0
-        if seconds > 0 and fails % self.settings.swap_failure_limit == 0:
+        seconds = math.ceil(last + self.settings.swap_failure_reset - clock())
+        limit = self.settings.swap_failure_limit  # after each pause, as many tries again
+        if fails and fails % limit == 0 and seconds > 0:
             facts = {"id": ticket.id, "model": name, "fails": fails, "retry_in_s": seconds}
             log("warn", "failing fast: backend marked bad", **facts)
             text = f'"{name}" failed to load {fails} times in a row; next try in {seconds} s'
@@ -399,21 +400,20 @@ class Worker:
             await self.due.wait()
             self.due.clear()
             if clock() >= self.unload_at:
-                with contextlib.suppress(ApiError):  # it is in the log
+                with contextlib.suppress(ApiError):  # which is in the log
                     await self.unload()
             async with self.lock:
                 name, swap_to = self.schedule.loaded, self.schedule.decision.swap_to
                 if "check" in self.holds:
-                    timeout = min(PROBE_TIMEOUT, self.settings.request_timeout)
-                    fault = await first_fault(self.members(name), timeout)
-                    if name is not None and fault is not None:
+                    fault = await first_fault(self.members(name), PROBE_TIMEOUT)
+                    if name and fault:
                         if self.schedule.in_flight:  # they may keep it busy: ask again after them
                             continue
                         self.schedule.note_unloaded(clock())
                         self.restart.add(name)
                         log("warn", "backend is gone", model=name, err=fault)
                     self.holds.discard("check")
-                elif swap_to is not None and not self.schedule.in_flight:
+                elif swap_to and not self.schedule.in_flight:
                     await self.swap(swap_to)
 
     async def detect(self) -> None:
@@ -510,20 +510,20 @@ class Worker:
     async def unload(self) -> str | None:
         """Drain, then run SWAP_COMMAND unload. Returns what was loaded. Raises ApiError."""
         async with self.lock:
-            if self.refusal:  # jano stops, and the script of a swap may still run
-                raise self.refusal()
             self.holds.add("unload")  # from now on turns end, and none begins
             self.drained.clear()
             try:
                 self.advance()
                 await self.drained.wait()
+                if self.refusal:  # jano stops, and the script of a swap may still run
+                    raise self.refusal()
                 previous = self.schedule.loaded
                 self.schedule.note_unloaded(clock())
                 self.naive_loaded = None  # any other proxy has to load anew, too
                 self.jano.telemetry.note_health(self.members(previous), "unknown")
                 log("info", "unload requested", model=previous)
                 with Script(self, "unload", previous) as script:
-                    await script.succeed(min(30.0, self.settings.swap_wait_timeout))
+                    await script.succeed(min(UNLOAD_TIMEOUT, self.settings.swap_wait_timeout))
                 return previous
             except SwapFailed as error:
                 log("warn", "unload failed", group=self.group, err=str(error), **error.details)
@@ -532,12 +532,12 @@ class Worker:
                 self.holds.discard("unload")
                 self.advance()
 
-    def fail(self, tickets: Iterator[Ticket], error: Callable[[], ApiError]) -> None:
+    def fail(self, tickets: Iterator[Ticket], refusal: Callable[[], ApiError]) -> None:
         """No turn will come here for these tickets, which wait."""
         for ticket in [*tickets]:
             self.schedule.leave(ticket, clock())
             if ticket.admitted and not ticket.admitted.done():
-                ticket.admitted.set_exception(error())
+                ticket.admitted.set_exception(refusal())
 
     def close(self, refusal: Callable[[], ApiError]) -> None:
         """Take no ticket any more. A script that runs, and the backends, go on."""
@@ -555,8 +555,8 @@ class Worker:
 
 # ------------------------------------------------------------------------------------ swap ----
 
-PROBE_TIMEOUT = 5.0  # seconds; while a backend loads, as long as has been waited if that is more
-STATUS_TIMEOUT = 5.0  # seconds that `status` may take
+PROBE_TIMEOUT = 5.0  # seconds that a health check may take; more once a backend loads for longer
+STATUS_TIMEOUT, UNLOAD_TIMEOUT = 5.0, 30.0  # seconds that `status` and `unload` may take
 STATUS_INTERVAL = 2.0  # seconds between two looks whether a loading server lives
 
 
@@ -625,7 +625,7 @@ async def first_fault(models: list[Model], timeout: float) -> str | None:
                 fault = f"no answer within {timeout:g} s"
             except (aiohttp.ClientError, OSError, ValueError) as error:
                 fault = why(error)
-            if fault != "404":
+            if fault != "404":  # else it has no such path
                 break
         if fault:
             return f"GET {path}: {fault}"
@@ -674,11 +674,12 @@ class Script(contextlib.ExitStack[None]):
 
     async def succeed(self, timeout: float | None = None) -> None:
         """Wait until it has ended well, or stop it after timeout seconds. Raises SwapFailed."""
-        await asyncio.wait({self.exited}, timeout=timeout)  # unlike await, never cancels it
-        code = self.exited.result() if self.exited.done() else -signal.SIGTERM  # from `stop`
+        ended, _ = await asyncio.wait({self.exited}, timeout=timeout)  # await would cancel it
+        code = self.exited.result() if ended else -signal.SIGTERM  # which `stop` sends
         if code:
             await self.stop()
             ending = f"exited with code {code}" if code > 0 else f"was killed by signal {-code}"
+            ending = ending if ended else f"runs on after {timeout:g} s"
             raise SwapFailed(f"the script {ending}", code=code, stderr=self.last_line())
 
     async def stop(self, grace: float = 2) -> None:
@@ -708,7 +709,7 @@ class Script(contextlib.ExitStack[None]):
 
 def output_file(worker: Worker, argument: str, ending: str) -> IO[bytes]:
     """A new file in <tmp>/jano-<uid>-<port>, which is the user's own; /dev/null if that fails."""
-    kind = argument if argument in RESERVED_NAMES else "swap"
+    kind = argument if argument in ("status", "unload") else "swap"
     try:
         folder = Path(tempfile.gettempdir(), f"jano-{os.getuid()}-{worker.jano.port}")
         path = folder / f"{quote(worker.group, safe='')}.{kind}.{ending}"
@@ -717,7 +718,8 @@ def output_file(worker: Worker, argument: str, ending: str) -> IO[bytes]:
             raise PermissionError  # somebody else's
         path.unlink(missing_ok=True)  # a server of the last run may still write to that
         return open(path, "a+b")
-    except OSError:
+    except OSError as error:
+        log("warn", "output of the script is lost", err=why(error))
         return open(os.devnull, "a+b")
 
 
@@ -733,12 +735,12 @@ tls_context = functools.cache(ssl.create_default_context)  # a new one takes 20 
 
 
 class BackendError(Exception):
-    """A backend has failed, in words fit for a client. status is 502 or 504."""
+    """A backend has failed, in words and with a code that are fit for a client."""
 
-    def __init__(self, status: int, text: str, sent: bool = True) -> None:
+    def __init__(self, text: str, code: str) -> None:
         super().__init__(text)
-        self.status = status
-        self.sent = sent  # False: no byte of the request has left
+        self.code = code
+        self.status = 504 if code == "backend_timeout" else 502
 
 
 async def forward(call: Call) -> bytes:
@@ -796,7 +798,7 @@ async def connect(call: Call) -> Upstream:
                 lambda: Upstream(idle), url.hostname or "", port, ssl=tls
             )
     except (OSError, TimeoutError) as error:
-        raise BackendError(502, f"cannot be reached ({why(error)})", sent=False) from None
+        raise BackendError(f"cannot be reached ({why(error)})", "backend_unreachable") from None
     return upstream
 
 
@@ -817,7 +819,8 @@ class Upstream(asyncio.Protocol):
         self.body: aiohttp.StreamReader = aiohttp.EMPTY_PAYLOAD
         self.rest = memoryview(b"")  # of a large body, still to be sent
         self.failure: BackendError | None = None  # told once all that came before it is taken
-        self.waiter: asyncio.Future[None] | None = None  # of `more`; None: it is idle
+        # Of `more`. None: it is idle; done: its handler has not come back for more.
+        self.waiter: asyncio.Future[None] | None = None
         self.timeout = 0.0  # seconds for which the backend may be silent
         self.deadline = math.inf  # of the backend's silence, or of being kept without use
         self.usable_from = 0.0  # set by its first answer in chunks
@@ -875,9 +878,9 @@ class Upstream(asyncio.Protocol):
             self.head = self.waiter = None
             self.idle.append(self)
 
-    def close(self, fault: str = "died", status: int = 502) -> None:
+    def close(self, fault: str = "died", code: str = "backend_died") -> None:
         """At once; what was not sent is dropped. Whoever waits is told the first fault."""
-        self.failure = self.failure or BackendError(status, fault)
+        self.failure = self.failure or BackendError(fault, code)
         self.rest = memoryview(b"")
         self.timer.cancel()
         self.transport.abort()
@@ -894,7 +897,7 @@ class Upstream(asyncio.Protocol):
             delay = min(KEEP_FOR, max(0.1, self.deadline - now))
             self.timer = self.loop.call_later(delay, self.check_deadline)
         else:
-            self.close(f"was silent for {self.timeout:g} s", 504)
+            self.close(f"was silent for {self.timeout:g} s", "backend_timeout")
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -941,7 +944,7 @@ class Upstream(asyncio.Protocol):
 # ------------------------------------------------------------------------------ front door ----
 
 CLIENT_LEFT = 499  # nginx's status for it
-MAX_HELD = 2**30  # bytes of the bodies of all requests together; a lone one may be larger
+MAX_HELD = 2**30  # bytes of all bodies together, once they are read; a lone one may be larger
 TIERS = {"priority": PRIORITY, "flex": FLEX}
 STREAMS = {"chat/completions", "completions", "messages", "responses"}  # streams that are known
 UPSTREAM = "/upstream/"  # followed by a model's name, and a path for its backend
@@ -1054,7 +1057,7 @@ class Jano:
             # DNS rebinding: a web page's own name that points at 127.0.0.1 now.
             text = f"unknown Host {shown(host)}, see JANO_ALLOWED_HOSTS"
             raise ApiError(403, text, "host_not_allowed")
-        same_origin = {f"http://{host}".lower(), f"https://{host}".lower()} if origin else ()
+        same_origin = {f"http://{host}".lower(), f"https://{host}".lower()}
         if origin and origin.lower() not in same_origin and not self.cors_headers(request):
             text = f"unknown Origin {shown(origin)}, see JANO_CORS_ORIGINS"
             raise ApiError(403, text, "origin_not_allowed")
@@ -1089,8 +1092,8 @@ class Jano:
         headers = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
         return headers | {"Access-Control-Expose-Headers": exposed}
 
-    async def read_call(self, request: web.BaseRequest, name: Any) -> Call:
-        """Read what is asked of which model; name is that in the query or header, if any."""
+    async def read_call(self, request: web.BaseRequest, hint: Any) -> Call:
+        """Read what is asked of which model; hint is the query's or header's, if any."""
         body = await self.read_body(request)
         values: dict[str, Any] = {}
         part = None  # where in a form its model stands
@@ -1101,9 +1104,9 @@ class Jano:
             elif request.method == "POST":
                 values = parse_object(body)
         except ApiError:
-            if not (name or request.path.startswith(UPSTREAM)):
+            if not (hint or request.path.startswith(UPSTREAM)):
                 raise  # else the body is the backend's matter
-        name = values.get("model") or name
+        name = values.get("model") or hint  # the path counts more than both
         path, target = request.path, request.raw_path.partition("#")[0]
         if not target.startswith("/"):  # an address, or * (RFC 9112, 3.2)
             target = "/" + request.rel_url.raw_path_qs.removeprefix("/")
@@ -1151,7 +1154,8 @@ class Jano:
         """/upstream/{model}/… as the model's name, and path and query for its backend."""
         path, mark, query = target.partition("?")
         steps = path.removeprefix(UPSTREAM).split("/")
-        for end in range(len(steps), 0, -1):  # a name may have slashes
+        most = 1 + max(name.count("/") for name in self.names)  # a name may have slashes
+        for end in range(min(most, len(steps)), 0, -1):
             name = unquote("/".join(steps[:end]))
             if name.casefold() in self.names:
                 return name, f"/{'/'.join(steps[end:])}{mark}{query}"
@@ -1164,7 +1168,7 @@ class Jano:
         for model in self.models.values():
             if not name and bare(path) in map(bare, model.endpoints):
                 return model
-        accepted = [name for model in self.models.values() for name in (model.name, *model.aliases)]
+        accepted = [each for model in self.models.values() for each in (model.name, *model.aliases)]
         text = f"unknown model {shown(name)}" if name else "no model is named"
         text += f"; accepted: {', '.join(accepted)}"
         raise ApiError(status, text, "model_not_found", accepted=accepted)
@@ -1229,10 +1233,9 @@ class Jano:
         except BackendError as error:
             if call.relaying:
                 raise
-            if error.sent or had_turn or worker is None:
-                code = "backend_timeout" if error.status == 504 else "backend_died"
-                code = code if error.sent else "backend_unreachable"
-                raise ApiError(error.status, f'backend "{call.model}" {error}', code) from None
+            if error.code != "backend_unreachable" or had_turn or worker is None:
+                text = f'backend "{call.model}" {error}'
+                raise ApiError(error.status, text, error.code) from None
         # Moved, or not reached in its first turn, so the backend's health is asked: it waits again.
         return await self.take_turn(call)
 
@@ -1248,6 +1251,8 @@ class Jano:
         elif isinstance(error, BackendError):
             status = error.status
             failure = f'backend "{call.model}" {error} in the middle of an answer'
+        elif isinstance(error, asyncio.CancelledError) and call.request.transport:
+            status, failure = 503, "jano stopped"
         elif isinstance(error, (ConnectionError, TimeoutError, asyncio.CancelledError)):
             status = CLIENT_LEFT  # then aiohttp cancels its handler, see `run`
         elif error:
@@ -1338,9 +1343,8 @@ class Jano:
         asked = parse_object(await self.read_body(request))
         model = self.find_model(asked.get("model") or asked.get("name"), status=404)
         known = model.metadata
-        meta = known.get("meta")
-        n_ctx = meta.get("n_ctx") if isinstance(meta, dict) else None
-        length = known.get("context_length") or known.get("max_model_len") or n_ctx
+        meta = known["meta"] if isinstance(known.get("meta"), dict) else {}
+        length = known.get("context_length") or known.get("max_model_len") or meta.get("n_ctx")
         info = {"general.architecture": "jano", "general.basename": model.name}
         info |= {"jano.context_length": length} if length else {}
         payload = {"details": OLLAMA_DETAILS, "modified_at": utc(self.telemetry.started)}
@@ -1348,7 +1352,6 @@ class Jano:
         return payload | {"model_info": info}
 
 
-@functools.lru_cache(100)
 def host_name(host: str) -> str:
     """A Host header without its port, and an IPv6 address without its brackets; "" if it is bad."""
     match = re.fullmatch(r"(\[[0-9a-f:.]+\]|[^.:\[\]\s/*@][^:\[\]\s/*@]*)(:[0-9]*)?", host.lower())
@@ -1361,7 +1364,7 @@ def bare(route: str) -> str:
 
 
 MAX_VALUES = 2_000_000  # in a JSON body, more or less: half a second of parsing
-MAX_PARTS = 1000  # of a form
+MAX_PARTS, MAX_PART_HEAD = 1000, 2**13  # of a form; bytes
 PARAMETER = rb';[ \t]*([a-z*]+)=("[^"\r\n]*"|[^\s;"]+)[ \t]*'
 # *+ keeps what it has matched: with * a client could stop jano for minutes.
 PART = rb"(?im)^content-disposition:[ \t]*form-data[ \t]*((?:" + PARAMETER + rb")*+)\r"
@@ -1388,7 +1391,7 @@ def form_model(content_type: str, body: bytes) -> slice | None:
     at = len(line) if body.startswith(line) else len(body)
     models: list[slice] = []
     for _ in range(MAX_PARTS):
-        content = body.find(b"\r\n\r\n", at) + 4
+        content = body.find(b"\r\n\r\n", at, at + MAX_PART_HEAD) + 4  # 3: there is none
         end = body.find(b"\r\n" + line, content - 2)
         if content < 4 or end < 0 or not body.startswith(b"\r\n", at):
             break
@@ -1566,14 +1569,14 @@ async def no_stream(upstream: Upstream, head: RawResponseMessage) -> ApiError:
             await upstream.more()
             body += upstream.body.read_nowait()
     text = "" if is_packed(head) else body.decode(errors="replace").strip()
-    words: Any = None
+    said: Any = None
     with contextlib.suppress(ValueError, RecursionError):
-        words = json.loads(text)
+        said = json.loads(text)
     for key in ("error", "message", "detail"):  # of OpenAI, vLLM, FastAPI
-        if isinstance(words, dict):
-            words = words.get(key, words)
-    words = words if isinstance(words, str) else text
-    words = words[:500] or f"the backend answered {head.code} and no stream"
+        if isinstance(said, dict):
+            said = said.get(key, said)
+    words = said[:500] if isinstance(said, str) else text[:500]
+    words = words or f"the backend answered {head.code} and no stream"
     return ApiError(head.code if head.code >= 400 else 502, words, "backend_error")
 
 
@@ -1604,14 +1607,11 @@ class ApiError(Exception):
 
     def response(self, request: web.BaseRequest) -> web.Response:
         """For a client that has got nothing yet."""
-        dialect = "openai"
-        if re.match(f"({UPSTREAM}.+)?/api/", request.path):
-            dialect = "ollama"
+        dialect = "ollama" if re.match(f"({UPSTREAM}.+)?/api/", request.path) else "openai"
         messages = re.match(f"({UPSTREAM}.+)?(/v1)?/messages", request.path)
         if messages or "anthropic-version" in request.headers:
             dialect = "anthropic"
-        payload = self.payload(dialect)
-        return web.json_response(payload, status=self.status, headers=self.headers)
+        return web.json_response(self.payload(dialect), status=self.status, headers=self.headers)
 
     def event(self, call: Call) -> bytes:
         """For one that has got heartbeats: the end of its stream."""
@@ -1636,7 +1636,6 @@ SHUTTING_DOWN = functools.partial(ApiError, 503, "jano shuts down", "shutting_do
 # ---------------------------------------------------------------------------------- config ----
 
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
-RESERVED_NAMES = ("status", "unload")  # what SWAP_COMMAND is asked besides names
 
 
 class ConfigError(ValueError):
@@ -1891,7 +1890,7 @@ def shown(value: object, is_secret: bool = False) -> str:
     """A value as JSON, without what may be a password or key, cut to what fits into a line."""
     line = re.sub('(?<=//)[^/@":]*:[^/@"]+@', "...@", json.dumps(value))
     if is_secret:  # then names are shown alone
-        line = re.sub(r'"(?:\\.|[^"\\])*"(:?)', lambda text: text[0] if text[1] else '"..."', line)
+        line = re.sub(r'"(?:\\.|[^"\\])*"(:?)', lambda hit: hit[0] if hit[1] else '"..."', line)
     return line if len(line) <= 80 else line[:80] + "…"
 
 
@@ -1923,7 +1922,6 @@ class Log:
     def __init__(self) -> None:
         self.lost = 0
         self.broken = ""  # a newline, if the last line is not whole
-        self.is_file = os.path.isfile(1)  # then it is always ready, and poll takes long
         self.ready = select.poll()
         self.ready.register(1, select.POLLOUT)
 
@@ -1940,7 +1938,7 @@ class Log:
             line += f',"{name}":{encode(value)}'
         rest = data = f"{self.broken}{line}}}\n".encode()
         try:  # what is ready takes PIPE_BUF bytes at once
-            while rest and (self.is_file or self.ready.poll(0)):
+            while rest and self.ready.poll(0):
                 rest = rest[os.write(1, rest[: select.PIPE_BUF]) :]
         except OSError:
             pass  # the rest is lost
@@ -2251,7 +2249,7 @@ def timeline(jano: Jano, active: list[dict[str, Any]]) -> str:
     last = max(end for _, end, _ in spans)
     scale = min(300, last - spans[0][0] + 0.1)  # seconds
     drawn, y = "", 0
-    for index, name in enumerate(["", *jano.models], -1):
+    for index, name in enumerate(["", *jano.models], -1):  # "": of the swaps
         taken: list[float] = []  # of each row: up to where, in % of the width
         for start, end, bar in spans:
             if bar["model"] == name and end > last - scale:
@@ -2344,7 +2342,7 @@ async def run(settings: Settings, models: list[Model]) -> int:
     jano.port = listener.sockets[0].getsockname()[1]
     addresses = {listening.getsockname()[0] for listening in listener.sockets}
     # JANO_HOST does not tell: it may be 0x7f.1, or the machine's name, which often is loopback.
-    if all(address == "::1" or address.startswith("127.") for address in addresses):
+    if all(each == "::1" or each.startswith("127.") for each in addresses):
         own_names = {settings.host.lower(), socket.gethostname().lower()} - {""}
         jano.hosts = LOOPBACK | addresses | own_names | {*settings.allowed_hosts}
     jano.adopt(models)
@@ -2359,6 +2357,8 @@ async def run(settings: Settings, models: list[Model]) -> int:
     if jano.calls:
         await asyncio.wait(jano.calls.values(), timeout=settings.shutdown_timeout)
     listener.close()  # not before: the next jano shall not swap while this one still forwards
+    for task in jano.calls.values():  # before aiohttp does, which first drops their connections
+        task.cancel()
     await server.shutdown(0.1)
     for upstream in [*chain(*jano.idle.values())]:
         upstream.close()
@@ -2435,7 +2435,7 @@ def main() -> int:
     if options.check:
         print(f"jano: the configuration is fine: {json.dumps([model.name for model in models])}")
         return 0
-    import resource  # which Windows lacks
+    import resource  # not above: there, Windows would fail before it is told why
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < 10_240:  # a Mac's 256 open files would be gone before MAX_QUEUE is reached

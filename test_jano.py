@@ -2241,9 +2241,12 @@ async def test_idle_model_is_unloaded_though_a_reload_has_renamed_its_set(
         await event(until(lambda: calls(tmp_path)[so_far:] == ["unload"]))
 
 
-@pytest.mark.parametrize(("body", "exit_code"), [("exit 3", 3), ("exec sleep 60", -signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("body", "fault"),
+    [("exit 3", "exited with code 3"), ("exec sleep 60", "runs on after 0.3 s")],
+)
 async def test_unload_that_fails_or_hangs_costs_no_request(
-    tmp_path: Path, chat: Backend, body: str, exit_code: int
+    tmp_path: Path, chat: Backend, body: str, fault: str
 ) -> None:
     script = swap_script(tmp_path, f'if [ "$1" = unload ]; then {body}; fi')
     settings: dict[str, Any] = {"IDLE_UNLOAD_MS": 100, "SWAP_WAIT_TIMEOUT_MS": 300}
@@ -2251,7 +2254,7 @@ async def test_unload_that_fails_or_hangs_costs_no_request(
         await event(until(lambda: calls(tmp_path) == ["unload"]))
         asks = await daemon.queued("chat")
         assert await statuses(asks) == [200]
-        await daemon.logged("unload failed", code=exit_code)
+        await daemon.logged("unload failed", err=f"the script {fault}")
     assert calls(tmp_path)[:2] == ["unload", "chat"]
 
 
@@ -2718,6 +2721,8 @@ async def test_swap_whose_client_has_left_is_abandoned_if_others_wait(
         others = await daemon.queued("chat")
         client.cancel()
         assert await statuses(others) == [200]
+        await daemon.logged("swap abandoned: nobody waits for it", model="code")
+        assert daemon.log("swap failed") == []
     assert calls(tmp_path, environ=True) == ["code previous=chat", "chat previous="]
 
 
@@ -2751,6 +2756,19 @@ async def test_swap_whose_client_has_left_goes_on_if_nobody_waits(
         (tmp_path / "go").touch()
         await daemon.logged("swap ready", model="code")
         await daemon.shows(currentModel="code")
+
+
+# What a swap costs a request
+
+
+async def test_answer_tells_how_much_of_the_wait_was_the_swap(
+    shared_jano: Shared, tmp_path: Path, chat: Backend, code: Backend
+) -> None:
+    script = swap_script(tmp_path, "exec sleep 0.2")
+    async with shared_jano([entry(chat), entry(code)], script) as daemon:
+        answer = await daemon.post("code")
+    queue, swap = map(int, re.findall("dur=([0-9]+)", answer.headers["Server-Timing"]))
+    assert 200 <= swap <= queue
 
 
 # What is loaded at the start
@@ -4918,6 +4936,7 @@ async def test_unknown_model_is_a_400_that_says_which_are_accepted(
         ("/x", ["X-Model: no"], b"{}"),
         ("/x?model=asr", ["X-Model: asr"], b'{"model":"no"}'),
         ("/upstream/no/x", [], b"{}"),
+        pytest.param("/upstream/" + "%41/" * 15_500, [], b"{}", id="a path of 62 kB"),
     ],
 )
 async def test_request_without_a_known_model_is_a_400(
@@ -5723,6 +5742,11 @@ BAD_FORMS = {  # what is appended to the Content-Type, and the body
         "",
         b"--B\r\nContent-Disposition: form-data%b;!\r\n\r\nx\r\n--B--\r\n"
         % (b";name=model" * 30_000),
+    ),
+    "a part that begins with 8 MB of parameters": (
+        "",
+        b"--B\r\nContent-Disposition: form-data%b\r\n\r\nx\r\n" % (b";a=b" * 2_000_000)
+        + form_bytes(ASR),
     ),
     "a header of 10 MB": ("", b"--B\r\nX: " + TEN_MB + b"\r\n\r\n\r\n--B--\r\n"),
     "a form within": (
@@ -7603,6 +7627,46 @@ async def test_request_that_runs_when_the_time_to_stop_is_over_breaks_visibly(
         with pytest.raises(aiohttp.ClientError):
             await event(running)
         await event(daemon.process.wait())  # or it would be told to stop a second time
+
+
+async def test_http_1_0_answer_that_jano_breaks_when_it_stops_does_not_look_complete(
+    tmp_path: Path, chat: Backend
+) -> None:
+    async def endless(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(b"hello")
+        return await never(request)
+
+    chat.answer = endless
+    sent = post_bytes(b'{"model":"chat"}', version="1.0")
+    async with running_jano(tmp_path, [entry(chat)], SHUTDOWN_TIMEOUT_MS=100) as daemon:
+        async with connected(daemon, sent) as (reader, _):
+            await event(reader.readuntil(b"hello"))
+            daemon.kill(signal.SIGTERM)
+            with pytest.raises(ConnectionResetError):
+                await event(reader.read(-1))
+        await event(daemon.process.wait())
+        await daemon.logged("served", status=503, aborted=False, reason="jano stopped")
+
+
+async def test_unload_that_still_waits_when_jano_stops_is_refused(
+    tmp_path: Path, chat: Backend
+) -> None:
+    """The next jano must not find the script at work."""
+    chat.answer = chat.held
+    async with running_jano(tmp_path, [entry(chat)]) as daemon:
+        [running] = await daemon.queued("chat")
+        await event(chat.arrived.get())
+        unload = daemon.background(post_path(daemon, "/unload"))
+        await asyncio.sleep(0.15)  # nothing may happen, so there is nothing to wait for
+        daemon.kill(signal.SIGTERM)
+        await daemon.logged("received signal")
+        chat.release.set()
+        assert (await event(unload))[1]["error"]["code"] == "shutting_down"
+        assert await statuses([running]) == [200]
+        assert await event(daemon.process.wait()) == 0
+    assert calls(tmp_path) == []
 
 
 @pytest.mark.parametrize(("second", "exit_code"), [(signal.SIGTERM, 1), (signal.SIGKILL, -9)])
