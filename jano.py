@@ -1057,8 +1057,8 @@ class Jano:
             # DNS rebinding: a web page's own name that points at 127.0.0.1 now.
             text = f"unknown Host {shown(host)}, see JANO_ALLOWED_HOSTS"
             raise ApiError(403, text, "host_not_allowed")
-        same_origin = {f"http://{host}".lower(), f"https://{host}".lower()}
-        if origin and origin.lower() not in same_origin and not self.cors_headers(request):
+        same = origin and re.sub("^https?://", "", origin.lower()) == host.lower()
+        if origin and not same and not self.cors_headers(request):
             text = f"unknown Origin {shown(origin)}, see JANO_CORS_ORIGINS"
             raise ApiError(403, text, "origin_not_allowed")
         open_to_all = request.method == "OPTIONS" or request.path in HEALTH_ROUTES
@@ -1198,7 +1198,7 @@ class Jano:
                 raise
             call.send(error.event(call), last=True)
         except BaseException as error:
-            if call.status is None:  # else its last bytes could not be written
+            if call.outcome is None:  # else its last bytes could not be written
                 self.settle(call, error)
             abort(call.request)  # when jano stops, too: the answer must not look complete
             if not isinstance(error, (BackendError, ConnectionError, TimeoutError)):
@@ -1257,7 +1257,7 @@ class Jano:
             status = CLIENT_LEFT  # then aiohttp cancels its handler, see `run`
         elif error:
             status, failure = 500, "jano failed"
-        call.status, now = status, clock()
+        call.outcome, now = status, clock()
         self.telemetry.settled(call, now, failure)
         took = round(1000 * (now - call.arrived))
         facts = {"id": call.id, "model": call.model, "status": status, "ms": took}
@@ -1442,7 +1442,7 @@ class Call(Ticket):
     sent_status: int = 0  # what the client is told
     excerpt: bytearray | None = None  # both ends of the answer, where its tokens are counted
     first_byte: float | None = None
-    status: int | None = None  # once it is over, as it is counted
+    outcome: int | None = None  # the status with which it is counted, once it is over
 
     @property
     def running(self) -> bool:
@@ -2018,7 +2018,7 @@ class Telemetry:
 
     def settled(self, call: Call, now: float, failure: str) -> None:
         """Count a request that is over; now is on the clock."""
-        model, code = call.model, call.status or 0
+        model, code = call.model, call.outcome or 0
         granted = call.granted or now
         record: dict[str, Any] = {
             "ts": time.time(),
@@ -2070,7 +2070,7 @@ class Telemetry:
 def snapshot(jano: Jano) -> dict[str, Any]:
     """The payload of /health and /status."""
     now, telemetry, models = clock(), jano.telemetry, jano.models
-    active = [call for call in jano.calls if call.status is None]
+    active = [call for call in jano.calls if call.outcome is None]
     waiting = [call for call in active if not call.running]
     queued = Counter(call.model for call in waiting)
     used = [model.group for model in models.values() if model.group]
@@ -2282,11 +2282,10 @@ class Written(web.StreamResponse):
     def __init__(self, keep_alive: bool) -> None:
         self.keep_alive = keep_alive
 
-    async def prepare(self, request: web.BaseRequest) -> None:
+    async def write_eof(self, *_: Any, **__: Any) -> None:
         """Nothing is left to do."""
 
-    async def write_eof(self, data: bytes = b"") -> None:
-        """Nothing is left to do."""
+    prepare = write_eof
 
 
 WRITTEN = {keep_alive: Written(keep_alive) for keep_alive in (False, True)}
