@@ -2690,6 +2690,24 @@ async def test_model_marked_bad_is_tried_again_after_a_while(bad_code: Running) 
     assert errors == ["swap_failed", "swap_failed", "backend_unavailable"]
 
 
+async def test_load_that_succeeds_forgets_failures(
+    tmp_path: Path, chat: Backend, code: Backend
+) -> None:
+    bad = tmp_path / "bad"
+    script = swap_script(tmp_path, f'[ "$1" != code ] || [ ! -e "{bad}" ]')
+    models = [entry(chat), entry(code)]
+    async with running_jano(tmp_path, models, script, SWAP_FAILURE_LIMIT=2) as daemon:
+        bad.touch()
+        assert (await daemon.ask("code"))[0] == 503
+        bad.unlink()
+        assert (await daemon.ask("code"))[0] == 200
+        assert (await daemon.ask("chat"))[0] == 200
+        bad.touch()
+        answers = [await daemon.ask("code") for _ in range(3)]
+    codes = [answer["error"]["code"] for _, answer in answers]
+    assert codes == ["swap_failed", "swap_failed", "backend_unavailable"]
+
+
 async def test_reload_forgets_failures(bad_code: Running, chat: Backend, code: Backend) -> None:
     await bad_code.reload([entry(chat), entry(code)])
     assert (await bad_code.ask("code"))[1]["error"]["code"] == "swap_failed"
