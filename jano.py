@@ -2332,8 +2332,7 @@ async def run(settings: Settings, models: list[Model]) -> int:
     jano = Jano(settings)
     make_request = functools.partial(web.BaseRequest, loop=loop)
     server = web.Server(jano.handle, request_factory=make_request, handler_cancellation=True)
-    options: dict[str, Any] = {"loop": loop, "access_log": None, **LIMITS}
-    accept = functools.partial(Connection, server, **options)
+    accept = functools.partial(Connection, server, loop=loop, access_log=cast(Any, None), **LIMITS)
     try:  # the port first: a second jano shall not even call `SWAP_COMMAND status`
         listener = await loop.create_server(accept, settings.host, settings.port, backlog=1024)
     except (OSError, UnicodeError) as error:
