@@ -776,6 +776,8 @@ async def forward(call: Call) -> bytes:
                 await call.write(piece)
             else:
                 await upstream.more()
+    except HttpProcessingError:  # from aiohttp's parser in Python, where there is none in C
+        raise BackendError("sent what is not HTTP", "backend_died") from None
     finally:
         upstream.release()
 

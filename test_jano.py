@@ -3868,6 +3868,18 @@ async def test_answer_that_is_cut_looks_cut(
     assert served["status"] == status
 
 
+async def test_backend_that_ceases_to_speak_http_has_failed(either_wire: Raw) -> None:
+    either_wire.reply = IN_CHUNKS + HELD
+    async with connected(either_wire.jano, post_bytes()) as (reader, _):
+        backend = await event(either_wire.talks.get())
+        await event(reader.readuntil(b"\r\n\r\n"))
+        either_wire.say(backend, b"x\r\n" + HELD)
+        with pytest.raises(ConnectionResetError):
+            await event(reader.read(-1))
+    served = await either_wire.jano.logged("served", len(either_wire.jano.log("enqueued")))
+    assert served["status"] == 502
+
+
 # ----------------------------------------------------- forward: slow and vanishing clients ----
 
 
