@@ -2138,6 +2138,22 @@ async def test_request_that_comes_during_an_unload_is_served_after_it(
         assert calls(tmp_path)[so_far:] == ["unload", "chat"]
 
 
+async def test_request_that_comes_while_an_unload_drains_is_served_after_it(
+    tmp_path: Path, chat: Backend
+) -> None:
+    chat.answer = chat.held
+    async with running_jano(tmp_path, [entry(chat, slots=2)]) as daemon:
+        asks = await daemon.queued("chat")
+        await event(chat.arrived.get())
+        unload = daemon.background(post_path(daemon, "/unload"))
+        await asyncio.sleep(0.15)  # nothing may happen, so there is nothing to wait for
+        asks += await daemon.queued("chat")
+        chat.release.set()
+        assert (await event(unload))[0] == 200
+        assert await statuses(asks) == [200, 200]
+        assert calls(tmp_path) == ["unload", "chat"]
+
+
 async def test_unload_frees_every_group(tmp_path: Path, chat: Backend, code: Backend) -> None:
     models = [entry(chat), entry(code, group="gpu1")]
     async with running_jano(tmp_path, models) as daemon:
