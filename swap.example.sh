@@ -167,6 +167,14 @@ lock() {      # one call at a time; the kernel drops the lock when its holder di
   fi || die "cannot lock $dir/lock"
 }
 
+strays() {    # servers whose row has left the table
+  local file name
+  for file in "$dir"/*.pid; do
+    name=${file##*/} name=${name%.pid}
+    among "$name" "${models[@]//\//_}" || models+=("$name")
+  done
+}
+
 need_room() {   # for pid file and log; to be asked before anything is stopped
   if ! echo >"$dir/room" || ! rm "$dir/room"; then die "cannot write in $dir"; fi
 }
@@ -189,6 +197,7 @@ case $1 in
   unload)
     lock
     table
+    strays
     for name in "${models[@]}"; do stop "$name"; done ;;
   *)
     look_up "$1"
@@ -201,6 +210,7 @@ case $1 in
     done
     lock
     for name in "${wants[@]}"; do loaded "$name" || need_room; done
+    strays
     for name in "${models[@]}"; do
       if [ "${JANO_RESTART-}" = 1 ] || ! among "$name" "${wants[@]}"; then stop "$name"; fi
     done

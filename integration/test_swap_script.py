@@ -154,6 +154,18 @@ def test_loaded_server_is_left_alone(make: Callable[..., Swap]) -> None:
     assert swap.pid("chat") == before
 
 
+def test_server_whose_row_has_left_the_table_is_stopped(make: Callable[..., Swap]) -> None:
+    make(chat="SERVER")("chat")
+    swap = make(talk="SERVER", code="SERVER")
+    chat = swap.pid("chat")
+    assert swap("talk") == (0, "", "")
+    assert not alive(chat)
+    swap = make(code="SERVER")
+    talk = swap.pid("talk")
+    assert swap("unload") == (0, "", "")
+    assert not alive(talk)
+
+
 def test_restart_replaces_the_loaded_server(make: Callable[..., Swap]) -> None:
     swap = make(chat="SERVER")
     swap("chat")
