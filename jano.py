@@ -73,6 +73,9 @@ from aiohttp.http_exceptions import ContentEncodingError, LineTooLong
 
 if sys.platform == "win32":
     sys.exit("jano: Windows lacks process groups and SIGHUP; run it in WSL")
+found = sys.version_info[:2], tuple(map(int, aiohttp.__version__.split(".")[:2]))
+if found[0] < (3, 11) or found[1] < (3, 14):
+    sys.exit(f"jano: found Python and aiohttp {found}, expected 3.11 and 3.14 or later")
 
 __version__ = "2.0.0"
 
@@ -311,6 +314,7 @@ class Worker:
         self.holds: set[str] = set()  # why no turn is granted now: "check", "unload"
         self.timer: asyncio.TimerHandle | None = None  # of the next `advance`
         self.unload_at = math.inf  # when what is loaded will have been idle for IDLE_UNLOAD_MS
+        self.unloaded_at = 0.0
         self.swapping: str | None = None  # what is being loaded
         self.swap_began = 0.0
         self.naive_loaded: str | None = None  # what a proxy without a queue would have loaded now
@@ -509,7 +513,10 @@ class Worker:
 
     async def unload(self) -> str | None:
         """Drain, then run SWAP_COMMAND unload. Returns what was loaded. Raises ApiError."""
+        asked = clock()
         async with self.lock:
+            if self.unloaded_at > asked:  # meanwhile, for somebody else
+                return None
             self.holds.add("unload")  # from now on turns end, and none begins
             self.drained.clear()
             try:
@@ -524,6 +531,7 @@ class Worker:
                 log("info", "unload requested", model=previous)
                 with Script(self, "unload", previous) as script:
                     await script.succeed(min(UNLOAD_TIMEOUT, self.settings.swap_wait_timeout))
+                self.unloaded_at = clock()
                 return previous
             except SwapFailed as error:
                 log("warn", "unload failed", group=self.group, err=str(error), **error.details)
@@ -623,7 +631,8 @@ async def first_fault(models: list[Model], timeout: float) -> str | None:
                     fault = "" if answer.status // 100 == 2 else str(answer.status)
             except TimeoutError:
                 fault = f"no answer within {timeout:g} s"
-            except (aiohttp.ClientError, OSError, ValueError) as error:
+            # RuntimeError: no thread is left to look up a name.
+            except (aiohttp.ClientError, OSError, ValueError, RuntimeError) as error:
                 fault = why(error)
             if fault != "404":  # else it has no such path
                 break
@@ -663,6 +672,8 @@ class Script(contextlib.ExitStack[None]):
             threading.Thread(target=self._reap, daemon=True).start()
         # ValueError: a name that the locale cannot spell. RuntimeError: too many threads.
         except (OSError, ValueError, RuntimeError) as error:
+            if isinstance(error, RuntimeError):  # then it runs, and nobody would know when it ends
+                os.killpg(self.process.pid, signal.SIGKILL)
             self.close()
             text = f"the script, or the program in its #! line, could not be started: {why(error)}"
             raise SwapFailed(text) from None
@@ -698,7 +709,7 @@ class Script(contextlib.ExitStack[None]):
         """The models of which it has printed that they are in this state."""
         text = os.pread(self.stdout.fileno(), 2**16, 0).decode(errors="replace")
         lines = [line.strip() for line in text.splitlines()]
-        return [model for model in models if f"{model.name}: {state}" in lines]
+        return [model for model in models if f"{model.name}: {state}".strip() in lines]
 
     def last_line(self) -> str:
         """The last line on stderr, at most 300 characters."""
@@ -799,7 +810,7 @@ async def connect(call: Call) -> Upstream:
             _, upstream = await loop.create_connection(
                 lambda: Upstream(idle), url.hostname or "", port, ssl=tls
             )
-    except (OSError, TimeoutError) as error:
+    except (OSError, RuntimeError) as error:  # as in `first_fault`
         raise BackendError(f"cannot be reached ({why(error)})", "backend_unreachable") from None
     return upstream
 
@@ -1145,6 +1156,8 @@ class Jano:
             while size <= limit and (piece := await request.content.readany()):
                 body += piece
                 size = len(body)
+                if size > BUFFER:  # aiohttp unpacks a large one without a pause
+                    await asyncio.sleep(0)
         except (web.RequestPayloadError, ValueError):
             raise ApiError(400, "the body is damaged", "invalid_body") from None
         if size > limit:
@@ -1181,9 +1194,7 @@ class Jano:
             raise SHUTTING_DOWN()
         size = len(call.body)
         if call.worker:
-            # To count who waits is slow: only where the limit may have been reached.
-            if len(self.calls) >= self.settings.max_queue or self.held_bytes + size > MAX_HELD:
-                self.refuse_if_full(size)
+            self.refuse_if_full(size)
             log("info", "enqueued", id=call.id, model=call.model)
         self.calls[call] = cast("asyncio.Task[Any]", asyncio.current_task())
         self.held_bytes += size
@@ -1213,7 +1224,8 @@ class Jano:
 
     def refuse_if_full(self, size: int = 0) -> None:
         """Raises ApiError if there is no room for one more that waits, with a body of this size."""
-        waiting = sum(len([*worker.schedule.waiting()]) for worker in self.workers.values())
+        queues = chain(*(each.schedule.queues.values() for each in self.workers.values()))
+        waiting = sum(map(len, queues))
         full = self.held_bytes and self.held_bytes + size > MAX_HELD
         if full or waiting >= self.settings.max_queue:
             text = f"{waiting} requests wait, with {self.held_bytes >> 20} MB"
@@ -1374,15 +1386,15 @@ PART = rb"(?im)^content-disposition:[ \t]*form-data[ \t]*((?:" + PARAMETER + rb"
 
 def parse_object(body: bytes) -> dict[str, Any]:
     """The JSON object in body; bytes beyond UTF-8, or a BOM, are no fault. Raises ApiError 400."""
+    if not re.match(rb"(\xef\xbb\xbf)?\s*+{", body):  # such as a file: it takes long to decode
+        raise ApiError(400, "the body is not a JSON object", "invalid_json")
     if len(body) > MAX_VALUES and sum(map(body.count, (b",", b"[", b"{"))) > MAX_VALUES:
         raise ApiError(400, f"the body has more than {MAX_VALUES} values", "invalid_json")
     try:
-        value = json.loads(body.decode(errors="replace").removeprefix("\ufeff"))
+        values: dict[str, Any] = json.loads(body.decode(errors="replace").removeprefix("\ufeff"))
     except (ValueError, RecursionError):
         raise ApiError(400, "the body is not JSON", "invalid_json") from None
-    if not isinstance(value, dict):
-        raise ApiError(400, "the body is not a JSON object", "invalid_json")
-    return value
+    return values
 
 
 def form_model(content_type: str, body: bytes) -> slice | None:
@@ -1474,7 +1486,7 @@ class Call(Ticket):
         content_type = head.headers.get("Content-Type", "").lower()
         events = "event-stream" in content_type
         no_length = self.beats > 0 or not length  # is told to the client
-        self.may_beat = head.code == 200 and events and no_length and not is_packed(head)
+        self.may_beat = head.code == 200 and events and no_length and not head.compression
         if events or "json" in content_type:
             self.excerpt = bytearray()
         if self.beats:
@@ -1559,10 +1571,6 @@ def end_to_end(head: Any, drop: set[bytes]) -> list[bytes]:
     return lines
 
 
-def is_packed(head: RawResponseMessage) -> bool:
-    return head.headers.get("Content-Encoding", "identity").lower() != "identity"
-
-
 async def no_stream(upstream: Upstream, head: RawResponseMessage) -> ApiError:
     """Why there is no stream for a client that has had heartbeats: the backend's own words."""
     body = upstream.body.read_nowait()
@@ -1570,7 +1578,7 @@ async def no_stream(upstream: Upstream, head: RawResponseMessage) -> ApiError:
         while len(body) < BUFFER and not upstream.body.at_eof():
             await upstream.more()
             body += upstream.body.read_nowait()
-    text = "" if is_packed(head) else body.decode(errors="replace").strip()
+    text = "" if head.compression else body.decode(errors="replace").strip()
     said: Any = None
     with contextlib.suppress(ValueError, RecursionError):
         said = json.loads(text)
@@ -1710,7 +1718,8 @@ def address(text: str) -> SplitResult | None:
 def command(text: str) -> list[str] | None:
     """SWAP_COMMAND's argv: the path of a script (spaces and ~ allowed), or a command line."""
     argv = [text] if os.path.isfile(os.path.expanduser(text)) else shlex.split(text)
-    path = shutil.which(os.path.abspath(os.path.expanduser(argv[0]))) or shutil.which(argv[0])
+    argv = [os.path.expanduser(part) for part in argv]
+    path = shutil.which(os.path.abspath(argv[0])) or shutil.which(argv[0])
     return [path, *argv[1:]] if path else None
 
 
@@ -1890,7 +1899,8 @@ def check_model(where: str, model: Model, earlier: list[Model], settings: Settin
 
 def shown(value: object, is_secret: bool = False) -> str:
     """A value as JSON, without what may be a password or key, cut to what fits into a line."""
-    line = re.sub('(?<=//)[^/@":]*:[^/@"]+@', "...@", json.dumps(value))
+    brief = value[:999] if isinstance(value, str) else value
+    line = re.sub('(?<=//)[^/@":]*:[^/@"]+@', "...@", json.dumps(brief))
     if is_secret:  # then names are shown alone
         line = re.sub(r'"(?:\\.|[^"\\])*"(:?)', lambda hit: hit[0] if hit[1] else '"..."', line)
     return line if len(line) <= 80 else line[:80] + "…"
@@ -1965,7 +1975,9 @@ def utc(epoch: float) -> str:
 KEEP = 2**13  # bytes at either end of an answer, where its token counts stand
 HINTS = (b'"usage"', b'"timings"', b'"prompt_eval_count"', b'"eval_count"')
 # A name and its number, unless that is too large for a count or a speed, such as 1e999.
-NUMBER = re.compile(rb'"(\w++)"\s*:\s*([0-9]{1,15}(?:\.[0-9]+)?(?:[eE][-+]?0?[0-9])?)(?![\w.])')
+NUMBER = re.compile(
+    rb'"(\w++)"\s*:\s*([0-9]{1,15}(?:\.[0-9]{1,20})?(?:[eE][-+]?0?[0-9])?)(?![\w.])'
+)
 COUNTS = {  # in /usage -> in answers of llama.cpp, Ollama, Anthropic, OpenAI; the last one counts
     "prompt_tokens": (b"prompt_n", b"prompt_eval_count", b"input_tokens", b"prompt_tokens"),
     "gen_tokens": (b"predicted_n", b"eval_count", b"output_tokens", b"completion_tokens"),
@@ -2128,7 +2140,7 @@ def group_status(jano: Jano, group: str) -> dict[str, Any]:
         "currentModelLoadedAt": jano.telemetry.load_times.get(loaded or ""),
         "loadedModels": [model.name for model in worker.members(loaded)],
         "swapping": worker.swapping,
-        "queueDepth": len([*worker.schedule.waiting()]),
+        "queueDepth": sum(map(len, worker.schedule.queues.values())),
         "inFlight": len(worker.schedule.in_flight),
     }
 
@@ -2281,16 +2293,14 @@ class Written(web.StreamResponse):
 
     keep_alive = False  # a property in the base class
 
-    def __init__(self, keep_alive: bool) -> None:
-        self.keep_alive = keep_alive
-
     async def write_eof(self, *_: Any, **__: Any) -> None:
         """Nothing is left to do."""
 
     prepare = write_eof
 
 
-WRITTEN = {keep_alive: Written(keep_alive) for keep_alive in (False, True)}
+WRITTEN = {False: Written(), True: Written()}  # by whether the connection is kept
+WRITTEN[True].keep_alive = True
 
 
 class Connection(web.RequestHandler):
@@ -2388,10 +2398,11 @@ def on_signal(jano: Jano, received: signal.Signals) -> None:
 async def explain_port(settings: Settings, error: Exception) -> int:
     """The exit code: 0 if another jano answers (cron starts one a minute), 1 if in use, else 2."""
     place = settings.netloc(settings.port)  # 0.0.0.0 and :: reach this machine, too
+    elsewhere = getattr(error, "errno", 0) == errno.EADDRNOTAVAIL  # an address of another machine
     with contextlib.suppress(aiohttp.ClientError, OSError, ValueError):
         limit = aiohttp.ClientTimeout(total=5)
         async with aiohttp.request("GET", f"http://{place}/health", timeout=limit) as answer:
-            if answer.headers.get("Server", "").startswith("jano/"):
+            if answer.headers.get("Server", "").startswith("jano/") and not elsewhere:
                 state = "has not stopped yet" if answer.status == 503 else "answers already"
                 log("info", f"another jano {state}", address=place)
                 return int(answer.status == 503)
@@ -2425,12 +2436,16 @@ def main() -> int:
     while (unused := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass  # a standard stream was closed (>&-), and a socket must not get its number
     os.close(unused)
+    with contextlib.suppress(OSError):  # a terminal that nobody reads says it is ready, and blocks
+        os.dup2(os.open(os.ttyname(1), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY), 1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it is ignored, every script's exit code is 0
     logging.basicConfig(handlers=[LibraryLog()], level=logging.WARNING)
     try:
         settings = load_settings(os.environ)
         models = load_models(settings)
-    except (ConfigError, OSError) as error:  # OSError: the working directory is gone
-        print(error, file=sys.stderr)
+    except (ConfigError, OSError) as error:
+        gone = isinstance(error, OSError)
+        print(f"the working directory: {why(error)}" if gone else error, file=sys.stderr)
         return 2
     if options.check:
         print(f"jano: the configuration is fine: {json.dumps([model.name for model in models])}")

@@ -1102,6 +1102,26 @@ async def test_start_with_a_fault_exits_with_2_and_a_line_on_stderr(tmp_path: Pa
     assert 'models.json: models[0] "a": slots: found 0, expected ' in err
 
 
+@pytest.mark.parametrize("library", ["3.9.5", "3.13.2rc0"])
+def test_start_with_an_aiohttp_that_is_too_old_says_so(library: str) -> None:
+    code = (
+        f"import aiohttp, runpy; aiohttp.__version__ = {library!r}; runpy.run_path({str(JANO)!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert "expected 3.11 and 3.14 or later" in done.stderr
+
+
+async def test_tilde_stands_for_the_home_folder_in_all_of_the_swap_command(
+    tmp_path: Path, chat: Backend, code: Backend
+) -> None:
+    swap_script(tmp_path)
+    settings: dict[str, Any] = {"SWAP_COMMAND": "sh ~/swap.sh", "HOME": tmp_path}
+    async with running_jano(tmp_path, [entry(chat), entry(code)], **settings) as daemon:
+        assert (await daemon.ask("code"))[0] == 200
+    assert calls(tmp_path) == ["code"]
+
+
 async def test_check_runs_no_script(tmp_path: Path) -> None:
     write_models(tmp_path, [ENTRY])
     code, out, err = await output_of(tmp_path, "--check")
@@ -2163,6 +2183,21 @@ async def test_unload_frees_every_group(tmp_path: Path, chat: Backend, code: Bac
     assert sorted(unloads) == ["unload previous=chat", "unload previous=code group=gpu1"]
 
 
+async def test_unloads_that_wait_for_another_one_run_no_script(
+    tmp_path: Path, chat: Backend
+) -> None:
+    """Their clients may long have left."""
+    async with running_jano(tmp_path, [entry(chat)], gated_script(tmp_path, "unload")) as daemon:
+        first = daemon.background(post_path(daemon, "/unload"))
+        await event(until(lambda: calls(tmp_path) == ["unload"]))
+        others = [daemon.background(post_path(daemon, "/unload")) for _ in range(3)]
+        await asyncio.sleep(0.15)  # nothing may happen, so there is nothing to wait for
+        (tmp_path / "go").touch()
+        assert await event(first) == (200, {"unloaded": ["chat"]})
+        assert await event(asyncio.gather(*others)) == [(200, {"unloaded": []})] * 3
+    assert calls(tmp_path) == ["unload"]
+
+
 async def test_unload_that_fails_says_so(tmp_path: Path, chat: Backend) -> None:
     script = swap_script(tmp_path, '[ "$1" != unload ]')
     async with running_jano(tmp_path, [entry(chat)], script) as daemon:
@@ -3022,6 +3057,69 @@ async def test_only_the_swap_after_a_failure_is_told_to_restart(
         for model in ("code", "chat"):
             assert (await daemon.ask(model))[0] == 200
     assert calls(tmp_path, environ=True)[1:] == ["code previous=chat", "chat previous=code"]
+
+
+async def test_script_that_fails_is_seen_to_fail_where_sigchld_is_ignored(
+    tmp_path: Path, chat: Backend, code: Backend
+) -> None:
+    """Some daemons leave it so to what they start."""
+    ignore = "import signal\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
+    (tmp_path / "sitecustomize.py").write_text(ignore)
+    script, models = swap_script(tmp_path, "exit 1"), [entry(chat), entry(code)]
+    async with running_jano(tmp_path, models, script, PYTHONPATH=tmp_path) as daemon:
+        assert (await daemon.ask("code"))[1]["error"]["code"] == "swap_failed"
+
+
+# A machine without threads to spare
+
+NO_THREADS = """
+import os, threading
+
+start = threading.Thread.start
+
+
+def start_or_fail(thread):
+    if os.path.exists("no threads"):
+        raise RuntimeError("can't start new thread")
+    start(thread)
+
+
+threading.Thread.start = start_or_fail
+"""
+
+
+async def test_script_that_nobody_can_watch_is_killed(
+    tmp_path: Path, chat: Backend, code: Backend
+) -> None:
+    """Else the next one would run beside it."""
+    (tmp_path / "sitecustomize.py").write_text(NO_THREADS)
+    script = swap_script(tmp_path, "sleep 0.3; echo $$ >>ended")
+    models = [entry(chat), entry(code)]
+    async with running_jano(tmp_path, models, script, PYTHONPATH=tmp_path) as daemon:
+        await daemon.logged("worker started")
+        (tmp_path / "no threads").touch()
+        assert (await daemon.ask("code"))[1]["error"]["code"] == "swap_failed"
+        (tmp_path / "no threads").unlink()
+        assert (await daemon.ask("code"))[0] == 200
+    assert len((tmp_path / "ended").read_text().splitlines()) == 1
+
+
+async def test_backend_whose_name_cannot_be_looked_up_has_failed(
+    tmp_path: Path, chat: Backend, code: Backend
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(NO_THREADS)
+    (tmp_path / "no threads").touch()
+    models = [entry(each, url=f"http://localhost:{each.port}") for each in (chat, code)]
+    models.append(entry(chat, name="asr", url=models[0]["url"], passthrough=True))
+    async with running_jano(tmp_path, models, PYTHONPATH=tmp_path) as daemon:
+        assert (await daemon.ask("code"))[1]["error"]["code"] == "swap_failed"
+        assert (await daemon.ask("asr"))[1]["error"]["code"] == "backend_unreachable"
+        (tmp_path / "no threads").unlink()
+        assert (await daemon.ask("code"))[0] == 200
+        assert (await daemon.ask("asr"))[0] == 200
+
+
+# While readiness is awaited
 
 
 # While readiness is awaited
@@ -3888,12 +3986,12 @@ async def test_backend_that_ceases_to_speak_http_has_failed(either_wire: Raw) ->
     either_wire.reply = IN_CHUNKS + HELD
     async with connected(either_wire.jano, post_bytes()) as (reader, _):
         backend = await event(either_wire.talks.get())
-        await event(reader.readuntil(b"\r\n\r\n"))
+        head = await event(reader.readuntil(b"\r\n\r\n"))
         either_wire.say(backend, b"x\r\n" + HELD)
         with pytest.raises(ConnectionResetError):
             await event(reader.read(-1))
-    served = await either_wire.jano.logged("served", len(either_wire.jano.log("enqueued")))
-    assert served["status"] == 502
+    ids = re.findall("x-request-id: ([0-9]+)", head.decode())
+    await either_wire.jano.logged("served", id=ids[0], status=502)
 
 
 # ----------------------------------------------------- forward: slow and vanishing clients ----
@@ -4992,6 +5090,15 @@ async def test_request_without_a_known_model_is_a_400(
     answer = await door.ask("POST", path, *headers, body=body)
     assert error_of(answer) == (400, "model_not_found")
     assert len(door.backend.requests) == so_far
+
+
+async def test_body_that_takes_long_to_unpack_stalls_nobody(wire: Raw) -> None:
+    packed = gzip.compress(bytes(2**26))
+    async with connected(wire.jano, post_bytes(packed, GZIP)) as (reader, _):
+        slow = asyncio.create_task(reader.read(-1))
+        await wire.jano.get("/health")
+        assert not slow.done()
+        assert refused(await event(slow)) == 400
 
 
 @pytest.mark.parametrize(
@@ -6974,6 +7081,10 @@ TOKENS = {  # an answer, "|" between its chunks; prompt and generated tokens, th
         '{"usage":{"prompt_tokens":1e999,"completion_tokens":3}}',
         *(None, 3, None, None),
     ),
+    "endless speed of Ollama": (
+        '{"eval_count": 1, "eval_duration": 0.%s1}' % ("0" * 310),
+        *(None, 1, None, None),
+    ),
     "endless speed": (
         '{"timings":{"predicted_n":3,"predicted_per_second":1e999}}',
         *(None, 3, None, None),
@@ -7399,33 +7510,48 @@ class Unread:
     log: io.FileIO  # the pipe's other end
 
 
-@pytest.fixture
-async def unread(tmp_path: Path, chat: Backend) -> AsyncIterator[Unread]:
+@contextlib.asynccontextmanager
+async def talkative(folder: Path, chat: Backend, log: str) -> AsyncIterator[Running]:
+    """A jano that has told this file about ENOUGH requests."""
     port = free_port()
-    write_models(tmp_path, [entry(chat)])
-    pipe = tmp_path / "log"
-    os.mkfifo(pipe)
-    log = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    if sys.platform == "linux":
-        fcntl.fcntl(log, fcntl.F_SETPIPE_SZ, 4096)  # so that it is full sooner
-    process = await start(tmp_path, redirection=f'>"{pipe}"', JANO_PORT=port)
+    write_models(folder, [entry(chat)])
+    process = await start(folder, redirection=f'>"{log}"', JANO_PORT=port)
     async with aiohttp.ClientSession() as session:
-        daemon = Running(process, session, tmp_path)
+        daemon = Running(process, session, folder)
         daemon.port, daemon.url = port, f"http://127.0.0.1:{port}"
         try:
             await event(answers_as_jano(port))
             for _ in range(ENOUGH):
                 assert (await event(daemon.ask("chat")))[0] == 200
-            with os.fdopen(log, "rb", buffering=0) as end:
-                yield Unread(daemon, end)
+            yield daemon
         finally:
             if process.returncode is None:
                 process.kill()
             await process.wait()
 
 
+@pytest.fixture
+async def unread(tmp_path: Path, chat: Backend) -> AsyncIterator[Unread]:
+    pipe = str(tmp_path / "log")
+    os.mkfifo(pipe)
+    log = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    if sys.platform == "linux":
+        fcntl.fcntl(log, fcntl.F_SETPIPE_SZ, 4096)  # so that it is full sooner
+    async with talkative(tmp_path, chat, pipe) as daemon:
+        with os.fdopen(log, "rb", buffering=0) as end:
+            yield Unread(daemon, end)
+
+
 async def test_log_that_nobody_reads_costs_no_request(unread: Unread) -> None:
     await unread.daemon.shows(requestsServedTotal=ENOUGH)
+
+
+async def test_terminal_that_nobody_reads_costs_no_request(tmp_path: Path, chat: Backend) -> None:
+    ends = os.openpty()
+    async with talkative(tmp_path, chat, os.ttyname(ends[1])) as daemon:
+        await daemon.shows(requestsServedTotal=ENOUGH)
+    for end in ends:
+        os.close(end)
 
 
 async def test_jano_whose_log_nobody_reads_stops_when_it_is_told_to(unread: Unread) -> None:
