@@ -409,7 +409,8 @@ class Worker:
             async with self.lock:
                 name, swap_to = self.schedule.loaded, self.schedule.decision.swap_to
                 if "check" in self.holds:
-                    fault = await first_fault(self.members(name), PROBE_TIMEOUT)
+                    timeout = min(PROBE_TIMEOUT, self.settings.request_timeout)
+                    fault = await first_fault(self.members(name), timeout)
                     if name and fault:
                         if self.schedule.in_flight:  # they may keep it busy: ask again after them
                             continue
