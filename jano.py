@@ -314,7 +314,7 @@ class Worker:
         self.holds: set[str] = set()  # why no turn is granted now: "check", "unload"
         self.timer: asyncio.TimerHandle | None = None  # of the next `advance`
         self.unload_at = math.inf  # when what is loaded will have been idle for IDLE_UNLOAD_MS
-        self.unloaded_at = 0.0
+        self.unloaded_at = 0.0  # when `unload` last freed the memory
         self.swapping: str | None = None  # what is being loaded
         self.swap_began = 0.0
         self.naive_loaded: str | None = None  # what a proxy without a queue would have loaded now
@@ -908,7 +908,7 @@ class Upstream(asyncio.Protocol):
         blocked = self.waiter and self.waiter.done()  # by a client that does not read
         # Unread bytes: this process was late (the machine slept), not the backend.
         if now < self.deadline or blocked or self.unread.poll(0):
-            delay = min(KEEP_FOR, max(0.1, self.deadline - now))
+            delay = min(KEEP_FOR / 2, max(0.1, self.deadline - now))
             self.timer = self.loop.call_later(delay, self.check_deadline)
         else:
             self.close(f"was silent for {self.timeout:g} s", "backend_timeout")
