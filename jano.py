@@ -1195,7 +1195,9 @@ class Jano:
             raise SHUTTING_DOWN()
         size = len(call.body)
         if call.worker:
-            self.refuse_if_full(size)
+            # To count who waits is slow: only where the limit may have been reached.
+            if len(self.calls) >= self.settings.max_queue or self.held_bytes + size > MAX_HELD:
+                self.refuse_if_full(size)
             log("info", "enqueued", id=call.id, model=call.model)
         self.calls[call] = cast("asyncio.Task[Any]", asyncio.current_task())
         self.held_bytes += size
@@ -1367,6 +1369,7 @@ class Jano:
         return payload | {"model_info": info}
 
 
+@functools.lru_cache(100)
 def host_name(host: str) -> str:
     """A Host header without its port, and an IPv6 address without its brackets; "" if it is bad."""
     match = re.fullmatch(r"(\[[0-9a-f:.]+\]|[^.:\[\]\s/*@][^:\[\]\s/*@]*)(:[0-9]*)?", host.lower())
@@ -1387,7 +1390,8 @@ PART = rb"(?im)^content-disposition:[ \t]*form-data[ \t]*((?:" + PARAMETER + rb"
 
 def parse_object(body: bytes) -> dict[str, Any]:
     """The JSON object in body; bytes beyond UTF-8, or a BOM, are no fault. Raises ApiError 400."""
-    if not re.match(rb"(\xef\xbb\xbf)?\s*+{", body):  # such as a file: it takes long to decode
+    # What is none, such as a file, would take long to decode.
+    if not body.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
         raise ApiError(400, "the body is not a JSON object", "invalid_json")
     if len(body) > MAX_VALUES and sum(map(body.count, (b",", b"[", b"{"))) > MAX_VALUES:
         raise ApiError(400, f"the body has more than {MAX_VALUES} values", "invalid_json")
@@ -1935,6 +1939,7 @@ class Log:
     def __init__(self) -> None:
         self.lost = 0
         self.broken = ""  # a newline, if the last line is not whole
+        self.is_file = os.path.isfile(1)  # then it is always ready
         self.ready = select.poll()
         self.ready.register(1, select.POLLOUT)
 
@@ -1951,7 +1956,7 @@ class Log:
             line += f',"{name}":{encode(value)}'
         rest = data = f"{self.broken}{line}}}\n".encode()
         try:  # what is ready takes PIPE_BUF bytes at once
-            while rest and self.ready.poll(0):
+            while rest and (self.is_file or self.ready.poll(0)):
                 rest = rest[os.write(1, rest[: select.PIPE_BUF]) :]
         except OSError:
             pass  # the rest is lost
