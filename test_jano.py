@@ -2126,15 +2126,23 @@ async def test_load_that_fails_says_why(on_demand: Running) -> None:
     assert "script exited with code 1" in answer["error"]["message"]
 
 
+async def unload_during_a_request(
+    daemon: Running, chat: Backend
+) -> tuple[asyncio.Task[Any], asyncio.Task[Any]]:
+    """Ask to unload while chat holds back its answer to a request; the tasks of both."""
+    [running] = await daemon.queued("chat")
+    await event(chat.arrived.get())
+    unload = daemon.background(post_path(daemon, "/unload"))
+    await asyncio.sleep(0.15)  # nothing may happen, so there is nothing to wait for
+    return running, unload
+
+
 async def test_unload_lets_what_runs_finish_and_then_frees_the_memory(
     tmp_path: Path, chat: Backend
 ) -> None:
     chat.answer = chat.held
     async with running_jano(tmp_path, [entry(chat)]) as daemon:
-        [running] = await daemon.queued("chat")
-        await event(chat.arrived.get())
-        unload = daemon.background(post_path(daemon, "/unload"))
-        await asyncio.sleep(0.15)  # nothing may happen, so there is nothing to wait for
+        running, unload = await unload_during_a_request(daemon, chat)
         assert calls(tmp_path) == []
         chat.release.set()
         assert (await event(unload))[0] == 200
@@ -2163,14 +2171,11 @@ async def test_request_that_comes_while_an_unload_drains_is_served_after_it(
 ) -> None:
     chat.answer = chat.held
     async with running_jano(tmp_path, [entry(chat, slots=2)]) as daemon:
-        asks = await daemon.queued("chat")
-        await event(chat.arrived.get())
-        unload = daemon.background(post_path(daemon, "/unload"))
-        await asyncio.sleep(0.15)  # nothing may happen, so there is nothing to wait for
-        asks += await daemon.queued("chat")
+        running, unload = await unload_during_a_request(daemon, chat)
+        waiting = await daemon.queued("chat")
         chat.release.set()
         assert (await event(unload))[0] == 200
-        assert await statuses(asks) == [200, 200]
+        assert await statuses([running, *waiting]) == [200, 200]
         assert calls(tmp_path) == ["unload", "chat"]
 
 
@@ -7828,10 +7833,7 @@ async def test_unload_that_still_waits_when_jano_stops_is_refused(
     """The next jano must not find the script at work."""
     chat.answer = chat.held
     async with running_jano(tmp_path, [entry(chat)]) as daemon:
-        [running] = await daemon.queued("chat")
-        await event(chat.arrived.get())
-        unload = daemon.background(post_path(daemon, "/unload"))
-        await asyncio.sleep(0.15)  # nothing may happen, so there is nothing to wait for
+        running, unload = await unload_during_a_request(daemon, chat)
         daemon.kill(signal.SIGTERM)
         await daemon.logged("received signal")
         chat.release.set()
