@@ -73,9 +73,9 @@ from aiohttp.http_exceptions import ContentEncodingError, LineTooLong
 
 if sys.platform == "win32":
     sys.exit("jano: Windows lacks process groups and SIGHUP; run it in WSL")
-found = sys.version_info[:2], tuple(map(int, aiohttp.__version__.split(".")[:2]))
-if found[0] < (3, 11) or found[1] < (3, 14):
-    sys.exit(f"jano: found Python and aiohttp {found}, expected 3.11 and 3.14 or later")
+VERSIONS = sys.version_info[:2], tuple(map(int, aiohttp.__version__.split(".")[:2]))
+if VERSIONS[0] < (3, 11) or VERSIONS[1] < (3, 14):
+    sys.exit(f"jano: found Python and aiohttp {VERSIONS}, expected 3.11 and 3.14 or later")
 
 __version__ = "2.0.0"
 
@@ -347,9 +347,9 @@ class Worker:
             raise self.refusal()
         name = self.schedule.set_of[ticket.model]
         fails, last = self.failures.get(name, (0, 0.0))
-        seconds = math.ceil(last + self.settings.swap_failure_reset - clock())
-        limit = self.settings.swap_failure_limit  # after each pause, as many tries again
-        if fails and fails % limit == 0 and seconds > 0:
+        seconds = math.ceil(last + self.settings.swap_failure_reset - clock()) if fails else 0
+        # After each pause, as many tries again.
+        if seconds > 0 and fails % self.settings.swap_failure_limit == 0:
             facts = {"id": ticket.id, "model": name, "fails": fails, "retry_in_s": seconds}
             log("warn", "failing fast: backend marked bad", **facts)
             text = f'"{name}" failed to load {fails} times in a row; next try in {seconds} s'
@@ -1227,8 +1227,7 @@ class Jano:
 
     def refuse_if_full(self, size: int = 0) -> None:
         """Raises ApiError if there is no room for one more that waits, with a body of this size."""
-        queues = chain(*(each.schedule.queues.values() for each in self.workers.values()))
-        waiting = sum(map(len, queues))
+        waiting = sum(group_status(self, group)["queueDepth"] for group in self.workers)
         full = self.held_bytes and self.held_bytes + size > MAX_HELD
         if full or waiting >= self.settings.max_queue:
             text = f"{waiting} requests wait, with {self.held_bytes >> 20} MB"
